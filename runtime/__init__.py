@@ -1,0 +1,1 @@
+"""Loads and runs GGUF models on llama.cpp."""
