@@ -1,0 +1,205 @@
+"""The commands `convert` and `ziggurat convert`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ziggurat.converter.errors import ConvertError
+from ziggurat.converter.recipes import FTYPES
+from ziggurat.converter.report import Estimate, Report
+
+# Without a terminal, a line of progress this often.
+LINE_SECONDS = 10.0
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--type", "type_name", type=click.Choice(list(FTYPES), case_sensitive=False), default="q4_k_m",
+              show_default=True, help="Quantization recipe, as llama.cpp names it.")
+@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
+              help="Importance matrix in llama.cpp's GGUF form.")
+@click.option("--no-imatrix", is_flag=True, help="Quantize without an importance matrix.")
+@click.option("--no-awq", is_flag=True, help="Quantize without activation-aware scales.")
+@click.option("--pre", metavar="NAME", help="Pre-tokenizer to write instead of the recognized one.")
+@click.option("--name", metavar="TEXT", help="Model name to write; default: from the model card or the folder.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the report there as JSON.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Workers; default: all cores.")
+@click.option("--force", is_flag=True, help="Replace an existing output file.")
+@click.option("--ignore-code", is_flag=True,
+              help="Convert a checkpoint that brings its own Python code, without that code.")
+@click.option("--verbose", "-v", is_flag=True, help="Show what the libraries log.")
+@click.option("--debug", is_flag=True, help="Show a traceback on errors.")
+def convert(  # noqa: PLR0913 - one parameter per option
+    model: str, out: Path, type_name: str, imatrix: Path | None, no_imatrix: bool, no_awq: bool, pre: str | None,
+    name: str | None, report: Path | None, threads: int | None, force: bool, ignore_code: bool, verbose: bool,
+    debug: bool,
+) -> None:  # fmt: skip
+    """Convert MODEL, a Hugging Face folder or hub id, to the GGUF file OUT."""
+    console = Console(stderr=True, highlight=False)
+    if imatrix is not None and no_imatrix:
+        raise click.UsageError("--imatrix and --no-imatrix exclude each other")
+    with _errors_as_lines(console, debug=debug), _signals_as_exceptions():
+        from ziggurat.converter.pipeline import ConvertSettings
+        from ziggurat.converter.pipeline import convert as run
+
+        _quiet_libraries(verbose=verbose)
+        settings = ConvertSettings(
+            type=type_name.lower(), imatrix=imatrix, pre=pre, name=name, threads=threads, report=report, force=force,
+            ignore_code=ignore_code,
+        )  # fmt: skip
+        with _Display(console) as display:
+            result = run(model, out, settings, display)
+        _print_report(console, result)
+
+
+def main() -> None:
+    """Entry point of `convert`."""
+    convert(prog_name="convert")
+
+
+@contextmanager
+def _errors_as_lines(console: Console, *, debug: bool) -> Iterator[None]:
+    """Every failure is one line and a non-zero exit code."""
+    try:
+        yield
+    except (ConvertError, KeyboardInterrupt, MemoryError) as e:
+        if debug:
+            raise
+        if isinstance(e, KeyboardInterrupt):
+            _fail(console, "interrupted, nothing was written", 130)
+        if isinstance(e, MemoryError):
+            _fail(console, "out of memory, nothing was written: close other programs or convert on a larger machine")
+        _fail(console, str(e))
+    except Exception as e:
+        if debug:
+            raise
+        _fail(console, f"unexpected {type(e).__name__}: {e} (this is a bug of Ziggurat; --debug shows where)")
+
+
+def _fail(console: Console, message: str, code: int = 1) -> NoReturn:
+    console.print(f"convert: error: {' '.join(message.split())}", style=None, markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Let a polite kill clean up like Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _quiet_libraries(*, verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr
+    )
+    if verbose:
+        return
+    logging.getLogger("ziggurat").setLevel(logging.WARNING)
+    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+
+class _Speed(ProgressColumn):
+    """Megabytes of the checkpoint per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{(task.speed or 0) / 1e6:.0f} MB/s")
+
+
+class _Display:
+    """Shows the estimate, then a bar on a terminal or a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Speed(),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._bytes_per_parameter = 0.0
+        self._total = self._done = 0.0
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def planned(self, estimate: Estimate) -> None:
+        """Show the estimate and start counting."""
+        self._console.print(
+            f"{estimate.architecture}, {estimate.parameters / 1e6:.1f} M parameters: "
+            f"{_size(estimate.source_bytes)} to {_size(estimate.output_bytes)}, about {_duration(estimate.seconds)}, "
+            f"{_size(estimate.memory_bytes)} of memory", soft_wrap=True,
+        )  # fmt: skip
+        self._bytes_per_parameter = estimate.source_bytes / max(estimate.parameters, 1)
+        self._total = float(estimate.source_bytes)
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self._total)
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, parameters: int, tensor: str) -> None:
+        """Count what is in the file."""
+        step = parameters * self._bytes_per_parameter
+        self._done += step
+        self._bar.update(self._task, advance=step, description=f"{tensor:30.30}")
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last_line > LINE_SECONDS:
+            self._last_line = now
+            rate = self._done / (now - self._start)
+            left = _duration((self._total - self._done) / rate)
+            self._console.print(f"{100 * self._done / self._total:3.0f}% {rate / 1e6:.0f} MB/s, {left} left")
+
+
+def _print_report(console: Console, report: Report) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("type", "tensors", "parameters", "size"):
+        table.add_column(heading, justify="left" if heading == "type" else "right")
+    for name, share in report.types.items():
+        table.add_row(name, str(share.tensors), f"{share.parameters / 1e6:.2f} M", _size(share.bytes))
+    console.print(table)
+    pre = f", pre-tokenizer {report.pre_tokenizer}" if report.pre_tokenizer else ""
+    console.print(
+        f"{report.output}: {report.name or report.architecture}, {report.type}, {_size(report.output_bytes)}, "
+        f"{report.bits_per_weight:.2f} bits per weight, tokenizer {report.tokenizer}{pre}, "
+        f"{_duration(report.seconds)}", soft_wrap=True,
+    )  # fmt: skip
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"

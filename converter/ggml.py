@@ -1,0 +1,243 @@
+"""The converter's door to the patched library: ggml's quantizers, llama.cpp's type recipes, its model loader.
+
+The only module of the converter that touches the C API. All functions may be called from several threads at once;
+ctypes releases Python's lock while C code runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ziggurat.converter.errors import LibraryError, QuantizeError, UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+_LOG_ERROR = 4  # enum ggml_log_level
+
+REMEDY = "install the patched library with `pip install ./patches` from Ziggurat's source folder"
+
+
+class _ModelShape(ctypes.Structure):
+    """`struct ziggurat_quant_desc` of patches/src/ziggurat-quant.h."""
+
+    _fields_ = [
+        ("arch", ctypes.c_char_p),
+        ("n_embd", ctypes.c_uint32),
+        ("n_ff", ctypes.c_uint32),
+        ("n_layer", ctypes.c_uint32),
+        ("n_head", ctypes.c_uint32),
+        ("n_head_kv", ctypes.c_uint32),
+        ("n_expert", ctypes.c_uint32),
+        ("n_embd_head_k", ctypes.c_uint32),
+        ("n_embd_head_v", ctypes.c_uint32),
+    ]
+
+
+class _Tensor(ctypes.Structure):
+    """`struct ziggurat_quant_tensor` of patches/src/ziggurat-quant.h."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("type", ctypes.c_int32), ("ne", ctypes.c_int64 * 4)]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What llama.cpp's recipes look at besides tensor names and shapes; `n_head_kv` and `n_ff` are those of block 0."""
+
+    arch: str
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_expert: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+
+
+@functools.cache
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """libggml-base and libllama with the signatures used here.
+
+    Raises:
+        LibraryError: llama-cpp-python is missing, does not load, or is not the patched one.
+    """
+    try:
+        import llama_cpp
+    except ImportError as e:
+        raise LibraryError(f"llama-cpp-python is not installed ({e}): {REMEDY}") from e
+    except (OSError, RuntimeError) as e:
+        raise LibraryError(f"llama-cpp-python does not load ({e}): {REMEDY}") from e
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    base = ctypes.CDLL(str(next(folder.glob("libggml-base.*"))))
+    llama: ctypes.CDLL = llama_cpp.llama_cpp._lib
+    try:
+        recipe = llama.ziggurat_quant_types
+    except AttributeError:
+        raise LibraryError(
+            f"the installed llama-cpp-python {llama_cpp.__version__} is not the patched one: {REMEDY}"
+        ) from None
+    recipe.argtypes = [
+        ctypes.POINTER(_ModelShape), ctypes.c_int32, ctypes.c_bool, ctypes.POINTER(_Tensor), ctypes.c_size_t,
+        ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_uint8), ctypes.c_char_p, ctypes.c_size_t,
+    ]  # fmt: skip
+    recipe.restype = ctypes.c_int32
+    pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+    base.ggml_quantize_init.argtypes = [ctypes.c_int]
+    base.ggml_quantize_init.restype = None
+    base.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
+    base.ggml_quantize_chunk.restype = ctypes.c_size_t
+    base.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
+    base.ggml_validate_row_data.restype = ctypes.c_bool
+    base.ggml_fp32_to_bf16_row_ref.argtypes = [pointer, pointer, i64]
+    base.ggml_fp32_to_bf16_row_ref.restype = None
+    base.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    base.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    base.ggml_type_name.argtypes = [ctypes.c_int]
+    base.ggml_type_name.restype = ctypes.c_char_p
+    base.ggml_row_size.argtypes = [ctypes.c_int, i64]
+    base.ggml_row_size.restype = ctypes.c_size_t
+    return base, llama
+
+
+def row_bytes(type_id: int, columns: int) -> int:
+    """Bytes of one row of `columns` values of ggml type `type_id`."""
+    return int(_libraries()[0].ggml_row_size(type_id, columns))
+
+
+def type_name(type_id: int) -> str:
+    """ggml's name of a type, for example "q4_K"."""
+    return str(_libraries()[0].ggml_type_name(type_id).decode())
+
+
+def needs_importance(type_id: int) -> bool:
+    """Whether ggml's quantizer of this type cannot run without importance data."""
+    return bool(_libraries()[0].ggml_quantize_requires_imatrix(type_id))
+
+
+def prepare(type_id: int) -> None:
+    """Build the lookup tables that quantizing to `type_id` needs: once, before several threads start."""
+    _libraries()[0].ggml_quantize_init(type_id)
+
+
+def to_bf16(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """Round float32 to bfloat16 (nearest, ties to even), as bit patterns of the same shape."""
+    out = np.empty(rows.shape, np.uint16)
+    _libraries()[0].ggml_fp32_to_bf16_row_ref(rows.ctypes.data, out.ctypes.data, rows.size)
+    return out
+
+
+def quantize_rows(
+    type_id: int,
+    rows: npt.NDArray[np.float32],
+    out: npt.NDArray[np.uint8],
+    importance: npt.NDArray[np.float32] | None = None,
+) -> None:
+    """Quantize contiguous float32 rows of shape [n, columns] into `out` of shape [n, row_bytes(type_id, columns)].
+
+    `importance` of shape [columns] weighs the columns' errors (the diagonal of the importance matrix).
+
+    Raises:
+        QuantizeError: the result holds non-finite scales.
+    """
+    base = _libraries()[0]
+    weights = importance.ctypes.data if importance is not None else None
+    n, columns = rows.shape
+    written = base.ggml_quantize_chunk(type_id, rows.ctypes.data, out.ctypes.data, 0, n, columns, weights)
+    assert written == out.nbytes
+    if not base.ggml_validate_row_data(type_id, out.ctypes.data, out.nbytes):
+        raise QuantizeError("quantizing it gives non-finite scales")
+
+
+def recipe_types(
+    shape: ModelShape,
+    ftype: int,
+    tensors: Sequence[tuple[str, int, tuple[int, ...]]],
+    *,
+    has_imatrix: bool,
+) -> tuple[list[int], list[bool]]:
+    """The ggml type that llama.cpp's quantizer gives each tensor for file type `ftype`.
+
+    Args:
+        shape: the model's dimensions.
+        ftype: llama.cpp's file type number.
+        tensors: name, source ggml type and shape (outermost dimension first) of every tensor of the model.
+        has_imatrix: whether the quantizer will have an importance matrix; some recipes differ.
+
+    Returns:
+        Type per tensor, and per tensor whether it cannot do without an importance matrix.
+
+    Raises:
+        UnsupportedModelError: the library cannot say, with its reason.
+    """
+    n = len(tensors)
+    table = (_Tensor * n)()
+    for entry, (name, type_id, dims) in zip(table, tensors, strict=True):
+        ne = list(reversed(dims)) + [1] * (4 - len(dims))
+        entry.name, entry.type, entry.ne = name.encode(), type_id, (ctypes.c_int64 * 4)(*ne)
+    desc = _ModelShape(
+        shape.arch.encode(), shape.n_embd, shape.n_ff, shape.n_layer, shape.n_head, shape.n_head_kv, shape.n_expert,
+        shape.n_embd_head_k, shape.n_embd_head_v,
+    )  # fmt: skip
+    types, needs = (ctypes.c_int32 * n)(), (ctypes.c_uint8 * n)()
+    error = ctypes.create_string_buffer(512)
+    quant_types = _libraries()[1].ziggurat_quant_types
+    with captured_log():  # it warns of every tensor whose shape its type does not fit
+        status = quant_types(ctypes.byref(desc), ftype, has_imatrix, table, n, types, needs, error, len(error))
+    if status != 0:
+        raise UnsupportedModelError(f"llama.cpp has no quantization recipe here: {error.value.decode(errors='replace')}")
+    return list(types), [bool(x) for x in needs]
+
+
+def check_loadable(path: Path) -> None:
+    """Let llama.cpp check a GGUF's metadata, tensor names and shapes and vocabulary, without reading any weight.
+
+    The file needs its full length but not its content (a sparse file will do).
+
+    Raises:
+        UnsupportedModelError: llama.cpp would not load the file, with its reason.
+    """
+    import llama_cpp
+
+    _libraries()
+    with captured_log() as lines:
+        params = llama_cpp.llama_model_default_params()
+        params.no_alloc = True
+        params.n_gpu_layers = 0
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if model:
+            llama_cpp.llama_model_free(model)
+            return
+    reason = next((line for line in lines if "error loading model" in line), lines[0] if lines else "no reason given")
+    reason = reason.split("error loading model:", 1)[-1].strip()
+    raise UnsupportedModelError(f"llama.cpp would not load the converted model: {reason}")
+
+
+@contextlib.contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """Keep llama.cpp's log off the terminal; the list collects its error lines."""
+    import llama_cpp
+
+    lines: list[str] = []
+
+    def collect(level: int, text: bytes, _data: Any) -> None:
+        line = text.decode(errors="replace").strip()
+        logger.debug("%s", line)
+        if level == _LOG_ERROR:
+            lines.append(line)
+
+    callback = llama_cpp.llama_log_callback(collect)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))

@@ -1,0 +1,162 @@
+"""The order of a conversion: open, plan, choose types, check, write. The work itself is in the modules it calls."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ziggurat.converter import ggml, hub, quantize, recipes, upstream
+from ziggurat.converter.checkpoint import open_checkpoint
+from ziggurat.converter.errors import ConvertError, ImatrixError
+from ziggurat.converter.imatrix import read_imatrix
+from ziggurat.converter.report import Estimate, Report, estimate, peak_memory_bytes, share_by_type, write_json
+from ziggurat.converter.write import GGUFFile, check_target
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """How to convert; the defaults are those of the command."""
+
+    type: str = "q4_k_m"
+    """A key of `recipes.FTYPES`."""
+    imatrix: Path | None = None
+    """Importance matrix in llama.cpp's GGUF form."""
+    pre: str | None = None
+    """Pre-tokenizer name to write instead of the recognized one."""
+    name: str | None = None
+    """Model name in the metadata; default: from the model card or the folder."""
+    threads: int | None = None
+    """Workers; default: all cores this process may use."""
+    report: Path | None = None
+    """Where to write the report as JSON."""
+    force: bool = False
+    """Replace an existing output file."""
+    ignore_code: bool = False
+    """Convert a checkpoint that brings its own Python code as what its architecture's name says, without that code."""
+
+
+class Progress(Protocol):
+    """Who wants to see how far a conversion is."""
+
+    def planned(self, estimate: Estimate) -> None:
+        """Everything was checked; the heavy work starts now."""
+
+    def advance(self, parameters: int, tensor: str) -> None:
+        """`parameters` more are in the file; `tensor` is being written."""
+
+
+class _Silent:
+    def planned(self, estimate: Estimate) -> None: ...
+
+    def advance(self, parameters: int, tensor: str) -> None: ...
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    settings: ConvertSettings | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert a Hugging Face checkpoint to a GGUF file.
+
+    Args:
+        model: a local folder or a hub id `owner/name[@revision]`.
+        out: the GGUF to write; it appears only when it is complete.
+        settings: how; default `ConvertSettings()`.
+        progress: who is told about it.
+
+    Raises:
+        ConvertError: the input, the settings or the output place will not do; nothing was written.
+    """
+    settings, progress, out = settings or ConvertSettings(), progress or _Silent(), Path(out)
+    start = time.perf_counter()
+    if settings.type not in recipes.FTYPES:
+        raise ConvertError(f"there is no type {settings.type!r}: choose one of {', '.join(recipes.FTYPES)}")
+    check_target(out, force=settings.force)
+    if settings.report is not None:
+        check_target(settings.report, force=True)
+    checkpoint = open_checkpoint(hub.resolve(model), ignore_code=settings.ignore_code)
+    importance = None if settings.imatrix is None else read_imatrix(settings.imatrix)
+
+    base = settings.type if settings.type in recipes.FLOAT_TYPES else "bf16"
+    plan = upstream.plan(checkpoint, base, pre=settings.pre, name=settings.name)
+    types = recipes.choose(plan, settings.type, imatrix=importance)
+    _check_importance(plan, importance)
+    threads = settings.threads or len(os.sched_getaffinity(0))
+    layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
+
+    with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:
+        file.write_header()
+        ggml.check_loadable(file.partial)
+        progress.planned(
+            estimate(plan, types, file.sizes, checkpoint.nbytes, threads=threads, weighted=importance is not None)
+        )
+        slabs = quantize.stream(plan.tensors, types, threads=threads, importance=importance)
+        with contextlib.closing(slabs):
+            for slab in slabs:
+                file.write(slab.data)
+                progress.advance(slab.elements, slab.tensor.name)
+        output_bytes = file.commit()
+
+    parameters = sum(math.prod(t.shape) for t in plan.tensors)
+    report = Report(
+        model=str(model),
+        output=str(out),
+        architecture=plan.arch,
+        name=str(plan.value("general.name", "")),
+        type=settings.type,
+        tokenizer=str(plan.value("tokenizer.ggml.model", "")),
+        pre_tokenizer=plan.value("tokenizer.ggml.pre"),
+        parameters=parameters,
+        source_bytes=checkpoint.nbytes,
+        output_bytes=output_bytes,
+        bits_per_weight=8 * sum(file.sizes) / parameters,
+        types=share_by_type(plan, types, file.sizes),
+        seconds=time.perf_counter() - start,
+        threads=threads,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    if settings.report is not None:
+        write_json(settings.report, report.to_json())
+    return report
+
+
+def _metadata(plan: upstream.Plan, settings: ConvertSettings) -> dict[str, Any]:
+    """Upstream's metadata with the final file type, and what llama.cpp's quantizer notes about an importance matrix."""
+    from llama_cpp import _gguf as gguf
+
+    metadata = dict(plan.metadata)
+    if settings.type not in recipes.FLOAT_TYPES:
+        ftype = recipes.FTYPES[settings.type]
+        metadata["general.file_type"] = gguf.GGUFValue(ftype, gguf.GGUFValueType.UINT32)
+    if settings.imatrix is not None:
+        metadata["quantize.imatrix.file"] = gguf.GGUFValue(settings.imatrix.name, gguf.GGUFValueType.STRING)
+    return metadata
+
+
+def _check_importance(plan: upstream.Plan, importance: Mapping[str, npt.NDArray[np.float32]] | None) -> None:
+    """Refuse an importance matrix of another model."""
+    if importance is None:
+        return
+    shapes = {t.name: t.shape for t in plan.tensors}
+    if not any(name in shapes for name in importance):
+        raise ImatrixError("the importance matrix names no tensor of this model: it belongs to another model")
+    for name, values in importance.items():
+        shape = shapes.get(name)
+        if shape is None or name == "token_embd.weight":
+            continue
+        experts = math.prod(shape[:-2]) if len(shape) > 2 else 1
+        if values.size != experts * shape[-1]:
+            raise ImatrixError(
+                f"the importance matrix has {values.size} values for {name}, the model {experts * shape[-1]}: "
+                "it belongs to another model"
+            )

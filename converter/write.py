@@ -1,0 +1,171 @@
+"""Writes a GGUF so that nothing half-written ever carries its final name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from ziggurat.converter.errors import OutputError
+
+ALIGNMENT = 32  # GGUF's default, which every reader assumes without a general.alignment key
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Refuse an output path that cannot or should not be written, before any work.
+
+    Raises:
+        OutputError: the file exists and `force` is off, or its folder is missing or not writable.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: name a file, for example {path / 'model.gguf'}")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already: --force replaces it")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise OutputError(f"{folder} does not exist: create it, or choose another place for {path.name}")
+    probe = _partial_name(path)
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))
+        probe.unlink()
+    except OSError as e:
+        raise OutputError(f"{folder} cannot be written ({e.strerror}): choose another place for {path.name}") from e
+
+
+class GGUFFile:
+    """A GGUF being written: header first, then the tensors' bytes in order, then `commit`.
+
+    As a context manager it removes what is there unless committed. The file lives next to its final place, under a
+    hidden name, with its full length reserved, so that a lack of space shows at once.
+    """
+
+    def __init__(self, path: Path, arch: str, metadata: dict[str, Any], tensors: list[tuple[str, tuple[int, ...], int]]):
+        """Lay the file out.
+
+        Args:
+            path: final name.
+            arch: llama.cpp's name of the architecture.
+            metadata: key to gguf value of `llama_cpp._gguf`.
+            tensors: name, shape (outermost dimension first) and ggml type id, in file order.
+        """
+        from ziggurat.converter.quantize import stored_bytes
+
+        self.path = path
+        self.partial = _partial_name(path)
+        self._arch, self._metadata, self._tensors = arch, metadata, tensors
+        self.sizes = [stored_bytes(shape, type_id) for _, shape, type_id in tensors]
+        self.data_bytes = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in self.sizes)
+        self._file: BinaryIO | None = None
+        self._committed = False
+        self._in_tensor = 0
+        self._index = 0
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if not self._committed:
+            with contextlib.suppress(OSError):
+                self.partial.unlink()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise self._write_error(error) from error
+
+    def write_header(self) -> None:
+        """Write metadata and tensor table and reserve the space for the rest.
+
+        Raises:
+            OutputError: there is not enough space.
+        """
+        from llama_cpp import _gguf as gguf
+
+        free = shutil.disk_usage(self.path.absolute().parent).free
+        if free < self.data_bytes:
+            raise OutputError(
+                f"{self.path.absolute().parent} has {free / 1e9:.2f} GB free, {self.path.name} needs "
+                f"{self.data_bytes / 1e9:.2f} GB: make room or choose another place"
+            )
+        try:
+            writer = gguf.GGUFWriter(path=None, arch=self._arch)
+            writer.kv_data = [dict(self._metadata)]
+            for (name, shape, type_id), size in zip(self._tensors, self.sizes, strict=True):
+                dtype = gguf.GGMLQuantizationType(type_id)
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=dtype)
+            writer.write_header_to_file(self.partial)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            self._file = self.partial.open("r+b")
+            self._file.seek(0, os.SEEK_END)
+            self._pad()
+            self._reserve(self._file.tell() + self.data_bytes)
+        except OSError as e:
+            raise self._write_error(e) from e
+
+    def write(self, data: npt.NDArray[np.uint8]) -> None:
+        """Append bytes of the current tensor; a finished one is padded to the alignment.
+
+        Raises:
+            OutputError: the file system refuses.
+        """
+        assert self._file is not None
+        try:
+            self._file.write(memoryview(data))
+            self._in_tensor += data.nbytes
+            assert self._in_tensor <= self.sizes[self._index]
+            if self._in_tensor == self.sizes[self._index]:
+                self._pad()
+                self._index, self._in_tensor = self._index + 1, 0
+        except OSError as e:
+            raise self._write_error(e) from e
+
+    def commit(self) -> int:
+        """Bring everything to the disk and give the file its final name. Returns its bytes.
+
+        Raises:
+            OutputError: the file system refuses.
+        """
+        assert self._file is not None and self._index == len(self._tensors)
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            size = self._file.tell()
+            self._file.truncate(size)
+            self._file.close()
+            os.replace(self.partial, self.path)
+        except OSError as e:
+            raise self._write_error(e) from e
+        self._committed = True
+        return size
+
+    def _pad(self) -> None:
+        assert self._file is not None
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+
+    def _reserve(self, size: int) -> None:
+        assert self._file is not None
+        self._file.flush()
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, size)
+        except (AttributeError, OSError) as e:
+            if isinstance(e, OSError) and e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            self._file.truncate(size)  # a file system that cannot reserve: at least give it its length
+
+    def _write_error(self, error: OSError) -> OutputError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return OutputError(f"no space left for {self.path} ({self.data_bytes / 1e9:.2f} GB): make room and try again")
+        return OutputError(f"{self.path} cannot be written ({error.strerror or error}): choose another place")
+
+
+def _partial_name(path: Path) -> Path:
+    return path.absolute().with_name(f".{path.name}.{os.getpid()}.part")
