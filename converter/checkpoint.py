@@ -84,7 +84,7 @@ def open_checkpoint(folder: Path, *, ignore_code: bool = False) -> Checkpoint:
         )
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        raise CheckpointError(f"{folder / 'config.json'} names no architecture: add its \"architectures\" entry")
+        raise CheckpointError(f'{folder / "config.json"} names no architecture: add its "architectures" entry')
     return Checkpoint(folder, config, architectures[0], tensors)
 
 
@@ -158,7 +158,9 @@ def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             if Path(shard).name != shard:
-                raise CheckpointError(f"{index} names {shard!r}, a file outside the folder: do not trust this checkpoint")
+                raise CheckpointError(
+                    f"{index} names {shard!r}, a file outside the folder: do not trust this checkpoint"
+                )
             if not (folder / shard).is_file():
                 raise CheckpointError(f"{folder / shard} is missing, though {index.name} lists it: download it again")
     else:
@@ -180,7 +182,9 @@ def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
             tensors[name] = info
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
-        raise CheckpointError(f"{folder}: tensor {missing[0]} is listed in {index.name} but in no file: download it again")
+        raise CheckpointError(
+            f"{folder}: tensor {missing[0]} is listed in {index.name} but in no file: download it again"
+        )
     if not tensors:
         raise CheckpointError(f"{folder}: the safetensors files hold no tensor")
     return tensors
@@ -215,7 +219,8 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path}: tensor {name} has the type {dtype}, which is not known here")
         if end > data:
             raise CheckpointError(
-                f"{path} is truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}: download it again"
+                f"{path} is truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}: "
+                "download it again"
             )
         if begin < 0 or end - begin != elements * DTYPE_BYTES[dtype]:
             raise CheckpointError(f"{path}: tensor {name} of shape {list(shape)} does not fit its {end - begin} bytes")

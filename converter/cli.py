@@ -29,10 +29,17 @@ LINE_SECONDS = 10.0
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--type", "type_name", type=click.Choice(list(FTYPES), case_sensitive=False), default="q4_k_m",
-              show_default=True, help="Quantization recipe, as llama.cpp names it.")
-@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE",
-              help="Importance matrix in llama.cpp's GGUF form.")
+@click.option(
+    "--type",
+    "type_name",
+    type=click.Choice(list(FTYPES), case_sensitive=False),
+    default="q4_k_m",
+    show_default=True,
+    help="Quantization recipe, as llama.cpp names it.",
+)
+@click.option(
+    "--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix in llama.cpp's GGUF form."
+)
 @click.option("--no-imatrix", is_flag=True, help="Quantize without an importance matrix.")
 @click.option("--no-awq", is_flag=True, help="Quantize without activation-aware scales.")
 @click.option("--pre", metavar="NAME", help="Pre-tokenizer to write instead of the recognized one.")
@@ -40,8 +47,9 @@ LINE_SECONDS = 10.0
 @click.option("--report", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the report there as JSON.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Workers; default: all cores.")
 @click.option("--force", is_flag=True, help="Replace an existing output file.")
-@click.option("--ignore-code", is_flag=True,
-              help="Convert a checkpoint that brings its own Python code, without that code.")
+@click.option(
+    "--ignore-code", is_flag=True, help="Convert a checkpoint that brings its own Python code, without that code."
+)
 @click.option("--verbose", "-v", is_flag=True, help="Show what the libraries log.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
 def convert(  # noqa: PLR0913 - one parameter per option

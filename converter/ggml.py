@@ -115,7 +115,7 @@ def row_bytes(type_id: int, columns: int) -> int:
 
 
 def type_name(type_id: int) -> str:
-    """ggml's name of a type, for example "q4_K"."""
+    """Ggml's name of a type, for example "q4_K"."""
     return str(_libraries()[0].ggml_type_name(type_id).decode())
 
 
@@ -194,7 +194,9 @@ def recipe_types(
     with captured_log():  # it warns of every tensor whose shape its type does not fit
         status = quant_types(ctypes.byref(desc), ftype, has_imatrix, table, n, types, needs, error, len(error))
     if status != 0:
-        raise UnsupportedModelError(f"llama.cpp has no quantization recipe here: {error.value.decode(errors='replace')}")
+        raise UnsupportedModelError(
+            f"llama.cpp has no quantization recipe here: {error.value.decode(errors='replace')}"
+        )
     return list(types), [bool(x) for x in needs]
 
 

@@ -31,8 +31,8 @@ def resolve(model: str | Path) -> Path:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
@@ -46,7 +46,11 @@ def _download(repo: str, revision: str | None) -> Path:
             "or `hf auth login` if it is private"
         ) from e
     except hub.LocalEntryNotFoundError as e:
-        raise HubError(f"{repo} is not a local folder, and the hub cannot be reached: check the path or the network") from e
+        raise HubError(
+            f"{repo} is not a local folder, and the hub cannot be reached: check the path or the network"
+        ) from e
     except (hub.HfHubHTTPError, OSError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise HubError(f"{repo} could not be fetched from the hub ({reason}): try again, finished files are kept") from e
+        raise HubError(
+            f"{repo} could not be fetched from the hub ({reason}): try again, finished files are kept"
+        ) from e

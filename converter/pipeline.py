@@ -100,8 +100,7 @@ def convert(
         progress.planned(
             estimate(plan, types, file.sizes, checkpoint.nbytes, threads=threads, weighted=importance is not None)
         )
-        slabs = quantize.stream(plan.tensors, types, threads=threads, importance=importance)
-        with contextlib.closing(slabs):
+        with contextlib.closing(quantize.stream(plan.tensors, types, threads=threads, importance=importance)) as slabs:
             for slab in slabs:
                 file.write(slab.data)
                 progress.advance(slab.elements, slab.tensor.name)

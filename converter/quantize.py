@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ def stream(
     *,
     threads: int,
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
-) -> Iterator[Slab]:
+) -> Generator[Slab, None, None]:
     """Convert tensors one after the other, yielding finished slabs in order.
 
     Matrices of an unquantized type bf16 are rounded to bf16 first, so that quantizing equals what `llama-quantize`
@@ -88,15 +88,14 @@ class _Task:
     importance: npt.NDArray[np.float32] | None
 
 
-def _tasks(
-    tensor: PlannedTensor, source: npt.NDArray[Any], weights: npt.NDArray[np.float32] | None
-) -> Iterator[_Task]:
+def _tasks(tensor: PlannedTensor, source: npt.NDArray[Any], weights: npt.NDArray[np.float32] | None) -> Iterator[_Task]:
     """Cut a tensor into slabs of rows; a slab never crosses an expert, since each has importance data of its own."""
     if source.dtype == np.uint8 and tensor.type_id not in (F32, F16, BF16):  # raw bytes, already in their final type
         yield _Task(source.reshape(-1), None)
         return
     columns = tensor.shape[-1] if tensor.shape else 1
-    matrices = source.reshape(-1, tensor.shape[-2], columns) if len(tensor.shape) > 2 else source.reshape(1, -1, columns)
+    rows = tensor.shape[-2] if len(tensor.shape) > 2 else -1
+    matrices = source.reshape(-1 if rows > 0 else 1, rows, columns)
     step = max(1, SLAB_ELEMENTS // columns)
     if weights is not None:
         weights = np.ascontiguousarray(weights, np.float32).reshape(-1, columns)

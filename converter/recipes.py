@@ -36,9 +36,7 @@ def choose(plan: Plan, type_name: str, *, imatrix: Collection[str] | None) -> li
     if type_name in FLOAT_TYPES:
         return [t.type_id for t in plan.tensors]
     table = [(t.name, t.type_id, t.shape) for t in plan.tensors]
-    types, needs = ggml.recipe_types(
-        plan.model_shape(), FTYPES[type_name], table, has_imatrix=imatrix is not None
-    )
+    types, needs = ggml.recipe_types(plan.model_shape(), FTYPES[type_name], table, has_imatrix=imatrix is not None)
     _refuse_without_importance(plan.tensors, needs, type_name, imatrix)
     return types
 
@@ -50,5 +48,5 @@ def _refuse_without_importance(
     if not lacking:
         return
     if imatrix is None:
-        raise QuantizeError(f"{type_name} needs an importance matrix: give one with --imatrix, or take q3_k_m or larger")
-    raise QuantizeError(f"{type_name} needs importance data for {lacking[0]}, which the importance matrix does not have")
+        raise QuantizeError(f"{type_name} needs an importance matrix: give one with --imatrix, or take another --type")
+    raise QuantizeError(f"{type_name} needs importance data for {lacking[0]}, and the importance matrix has none")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +138,7 @@ def _adapter_class(model_class: Any, checkpoint: Checkpoint, pre: str | None) ->
         level = upstream_log.level
         upstream_log.setLevel(logging.ERROR)  # it prints a page on an unknown hash, which is the normal case here
         try:
-            return str(super(adapter, self).get_vocab_base_pre(tokenizer))
+            return str(model_class.get_vocab_base_pre(self, tokenizer))
         except NotImplementedError:
             content = pretokenizer.read_tokenizer_json(checkpoint.folder)
             if content is None:  # vocab.json and merges.txt alone: what transformers makes of them
@@ -148,8 +148,7 @@ def _adapter_class(model_class: Any, checkpoint: Checkpoint, pre: str | None) ->
             upstream_log.setLevel(level)
 
     namespace = {"model_arch": model_class.model_arch, "get_vocab_base_pre": get_vocab_base_pre}
-    adapter = type(model_class.__name__, (model_class,), namespace)
-    return adapter
+    return type(model_class.__name__, (model_class,), namespace)
 
 
 @contextmanager
@@ -164,7 +163,8 @@ def _translated(checkpoint: Checkpoint, what: str) -> Iterator[None]:
     except Exception as e:  # upstream raises anything from AssertionError to KeyError
         logger.debug("upstream's converter failed", exc_info=True)
         raise UnsupportedModelError(
-            f"{checkpoint.folder}: llama.cpp's converter for {checkpoint.architecture} cannot handle {what}: {_first_line(e)}"
+            f"{checkpoint.folder}: llama.cpp's converter for {checkpoint.architecture} cannot handle {what}: "
+            f"{_first_line(e)}"
         ) from e
 
 
@@ -185,8 +185,9 @@ def _loader(gguf: Any, data: Any, qtype: Any = None) -> Callable[[], npt.NDArray
     def load() -> npt.NDArray[Any]:
         lazy = graph.pop()
         if isinstance(lazy, gguf.LazyChunkedTensor):
-            return np.concatenate([np.asarray(chunk()) for chunk in lazy._chunks]).reshape(lazy.shape)
-        return np.asarray(gguf.LazyNumpyTensor.to_eager(lazy))
+            chunks: npt.NDArray[Any] = np.concatenate([np.asarray(chunk()) for chunk in lazy._chunks])
+            return chunks.reshape(lazy.shape)
+        return cast("npt.NDArray[Any]", gguf.LazyNumpyTensor.to_eager(lazy))
 
     return load
 

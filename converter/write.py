@@ -46,7 +46,9 @@ class GGUFFile:
     hidden name, with its full length reserved, so that a lack of space shows at once.
     """
 
-    def __init__(self, path: Path, arch: str, metadata: dict[str, Any], tensors: list[tuple[str, tuple[int, ...], int]]):
+    def __init__(
+        self, path: Path, arch: str, metadata: dict[str, Any], tensors: list[tuple[str, tuple[int, ...], int]]
+    ) -> None:
         """Lay the file out.
 
         Args:
@@ -119,7 +121,7 @@ class GGUFFile:
         """
         assert self._file is not None
         try:
-            self._file.write(memoryview(data))
+            self._file.write(data.data)
             self._in_tensor += data.nbytes
             assert self._in_tensor <= self.sizes[self._index]
             if self._in_tensor == self.sizes[self._index]:
@@ -163,7 +165,7 @@ class GGUFFile:
 
     def _write_error(self, error: OSError) -> OutputError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutputError(f"no space left for {self.path} ({self.data_bytes / 1e9:.2f} GB): make room and try again")
+            return OutputError(f"no space left for {self.path} ({self.data_bytes / 1e9:.2f} GB): make room, try again")
         return OutputError(f"{self.path} cannot be written ({error.strerror or error}): choose another place")
 
 
