@@ -1,6 +1,7 @@
-"""The converter's door to the patched library: ggml's quantizers, llama.cpp's type recipes, its model loader.
+"""The converter's door to the patched library: ggml's quantizers and llama.cpp's type recipes.
 
-The only module of the converter that touches the C API. All functions may be called from several threads at once;
+With `loadable`, the only module of the converter that touches the C API. All functions may be called from several
+threads at once;
 ctypes releases Python's lock while C code runs.
 """
 
@@ -198,30 +199,6 @@ def recipe_types(
             f"llama.cpp has no quantization recipe here: {error.value.decode(errors='replace')}"
         )
     return list(types), [bool(x) for x in needs]
-
-
-def check_loadable(path: Path) -> None:
-    """Let llama.cpp check a GGUF's metadata, tensor names and shapes and vocabulary, without reading any weight.
-
-    The file needs its full length but not its content (a sparse file will do).
-
-    Raises:
-        UnsupportedModelError: llama.cpp would not load the file, with its reason.
-    """
-    import llama_cpp
-
-    _libraries()
-    with captured_log() as lines:
-        params = llama_cpp.llama_model_default_params()
-        params.no_alloc = True
-        params.n_gpu_layers = 0
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if model:
-            llama_cpp.llama_model_free(model)
-            return
-    reason = next((line for line in lines if "error loading model" in line), lines[0] if lines else "no reason given")
-    reason = reason.split("error loading model:", 1)[-1].strip()
-    raise UnsupportedModelError(f"llama.cpp would not load the converted model: {reason}")
 
 
 @contextlib.contextmanager

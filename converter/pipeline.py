@@ -14,10 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter import ggml, hub, quantize, recipes, upstream
+from ziggurat.converter import hub, quantize, recipes, upstream
 from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.errors import ConvertError, ImatrixError
 from ziggurat.converter.imatrix import read_imatrix
+from ziggurat.converter.loadable import check_loadable
 from ziggurat.converter.report import Estimate, Report, estimate, peak_memory_bytes, share_by_type, write_json
 from ziggurat.converter.write import GGUFFile, check_target
 
@@ -96,7 +97,7 @@ def convert(
 
     with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:
         file.write_header()
-        ggml.check_loadable(file.partial)
+        check_loadable(file.partial)
         progress.planned(
             estimate(plan, types, file.sizes, checkpoint.nbytes, threads=threads, weighted=importance is not None)
         )

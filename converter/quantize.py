@@ -110,6 +110,11 @@ def _convert(tensor: PlannedTensor, task: _Task, type_id: int) -> npt.NDArray[np
     rows = np.ascontiguousarray(task.rows, np.float32)
     if not np.isfinite(rows).all():
         raise QuantizeError(f"tensor {tensor.name} has NaN or infinite values: the checkpoint is damaged, get it again")
+    if BF16 in (type_id, tensor.type_id):
+        bits = ggml.to_bf16(rows)
+        if type_id == BF16:
+            return bits.view(np.uint8).reshape(-1)
+        rows = (bits.astype(np.uint32) << 16).view(np.float32)
     if type_id == F32:
         return rows.view(np.uint8).reshape(-1)
     if type_id == F16:
@@ -118,11 +123,6 @@ def _convert(tensor: PlannedTensor, task: _Task, type_id: int) -> npt.NDArray[np
         if not np.isfinite(half).all():
             raise QuantizeError(f"tensor {tensor.name} has values beyond the range of f16: take bf16 or f32")
         return half.view(np.uint8).reshape(-1)
-    if type_id == BF16 or tensor.type_id == BF16:
-        bits = ggml.to_bf16(rows)
-        if type_id == BF16:
-            return bits.view(np.uint8).reshape(-1)
-        rows = (bits.astype(np.uint32) << 16).view(np.float32)
     out = np.empty((len(rows), ggml.row_bytes(type_id, rows.shape[1])), np.uint8)
     try:
         ggml.quantize_rows(type_id, rows, out, task.importance)

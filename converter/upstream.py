@@ -186,7 +186,7 @@ def _loader(gguf: Any, data: Any, qtype: Any = None) -> Callable[[], npt.NDArray
         lazy = graph.pop()
         if isinstance(lazy, gguf.LazyChunkedTensor):
             chunks: npt.NDArray[Any] = np.concatenate([np.asarray(chunk()) for chunk in lazy._chunks])
-            return chunks.reshape(lazy.shape)
+            return chunks.reshape(tuple(lazy.shape))
         return cast("npt.NDArray[Any]", gguf.LazyNumpyTensor.to_eager(lazy))
 
     return load

@@ -1,0 +1,45 @@
+"""Lets llama.cpp check a GGUF's metadata, tensor shapes and vocabulary before any weight is computed.
+
+The check runs in a process of its own: on some wrong inputs llama.cpp does not return an error but aborts.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ziggurat.converter.errors import UnsupportedModelError
+
+MARK = "error loading model"
+
+
+def check_loadable(path: Path) -> None:
+    """Make sure that llama.cpp would load the file: names, shapes and number of tensors, metadata, vocabulary.
+
+    The file needs its full length but not its content: no weight is read.
+
+    Raises:
+        UnsupportedModelError: llama.cpp would not load it, with its reason.
+    """
+    command = [sys.executable, "-c", f"from {__name__} import _child; _child()", str(path)]
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if result.returncode == 0:
+        return
+    lines = [line.strip() for line in result.stderr.decode(errors="replace").splitlines() if line.strip()]
+    reason = next((line for line in lines if MARK in line), lines[-1] if lines else f"exit code {result.returncode}")
+    reason = reason.split(f"{MARK}:", 1)[-1].strip()
+    raise UnsupportedModelError(f"llama.cpp would not load the converted model: {reason}")
+
+
+def _child() -> None:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), params)
+    sys.exit(0 if model else 1)
