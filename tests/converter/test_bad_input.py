@@ -1,0 +1,233 @@
+"""Every bad input gives one line that names the problem and the way out, a non-zero exit and no file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
+
+from ziggurat.converter.cli import convert
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    """A copy of a good checkpoint, to be spoiled."""
+    return Path(shutil.copytree(checkpoint("llama_tied", dtype="float32"), tmp_path / "model.hf"))
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(convert, [str(a) for a in args])
+
+
+def refused(result: Result, *words: str) -> None:
+    lines = result.stderr.strip().splitlines()
+    assert result.exit_code != 0
+    assert lines[-1].startswith("convert: error: ")
+    assert "Traceback" not in result.output and len(lines) == 1
+    for word in words:
+        assert word in lines[-1]
+
+
+def edit(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def edit_tensor(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)  # type: ignore[arg-type]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tmp_path: Path):
+    yield
+    assert not list(tmp_path.rglob("*.gguf"))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    refused(run(tmp_path / "nowhere", tmp_path / "out.gguf"), "nowhere", "does not exist")
+
+
+def test_a_gguf_as_input(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"GGUF" + bytes(100))
+    refused(run(path, tmp_path / "out.gguf"), "is a GGUF file already")
+
+
+def test_another_file_as_input(tmp_path: Path) -> None:
+    path = tmp_path / "model.txt"
+    path.write_text("hello")
+    refused(run(path, tmp_path / "out.gguf"), "is a file")
+
+
+def test_no_config(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").unlink()
+    refused(run(folder, tmp_path / "out.gguf"), "config.json")
+
+
+def test_damaged_config(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").write_text("{")
+    refused(run(folder, tmp_path / "out.gguf"), "config.json", "JSON")
+
+
+def test_truncated_safetensors(folder: Path, tmp_path: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(run(folder, tmp_path / "out.gguf"), "model.safetensors is truncated", "download it again")
+
+
+def test_safetensors_cut_in_the_header(folder: Path, tmp_path: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    refused(run(folder, tmp_path / "out.gguf"), "truncated")
+
+
+def test_missing_shard(folder: Path, tmp_path: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(run(folder, tmp_path / "out.gguf"), "model-00001-of-00002.safetensors is missing")
+
+
+def test_shard_outside_the_folder(folder: Path, tmp_path: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(run(folder, tmp_path / "out.gguf"), "outside the folder")
+
+
+def test_tensor_of_a_wrong_shape(folder: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensor(folder, lambda t: t.update({name: t[name][:, :256].copy()}))  # type: ignore[index]
+    refused(run(folder, tmp_path / "out.gguf"), "blk.1.ffn_down.weight", "shape")
+
+
+def test_missing_tensor(folder: Path, tmp_path: Path) -> None:
+    edit_tensor(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))  # type: ignore[arg-type,return-value]
+    refused(run(folder, tmp_path / "out.gguf"), "blk.1.ffn_up.weight")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("type_name", ["q4_k_m", "q8_0", "bf16"])
+def test_non_finite_weights(folder: Path, tmp_path: Path, value: float, type_name: str) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def spoil(tensors: dict[str, object]) -> None:
+        tensors[name][3, 7] = value  # type: ignore[index]
+
+    edit_tensor(folder, spoil)
+    result = run(folder, tmp_path / "out.gguf", "--type", type_name)
+    assert result.exit_code == 1
+    assert "blk.1.ffn_up.weight has NaN or infinite values" in result.stderr.splitlines()[-1]
+
+
+def test_missing_tokenizer(folder: Path, tmp_path: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    refused(run(folder, tmp_path / "out.gguf"), "no tokenizer")
+
+
+def test_damaged_tokenizer(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    refused(run(folder, tmp_path / "out.gguf"), str(folder))
+
+
+def test_unknown_pre_tokenizer(folder: Path, tmp_path: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"[a-z]+|\s+"}
+    path.write_text(json.dumps(content))
+    refused(run(folder, tmp_path / "out.gguf"), "pre-tokenizer", "--pre")
+
+
+def test_pre_tokenizer_by_name(folder: Path, tmp_path: Path) -> None:
+    """A name that llama.cpp does not know is found out before any weight is touched."""
+    refused(run(folder, tmp_path / "out.gguf", "--pre", "no-such-thing"), "no-such-thing")
+
+
+def test_unknown_architecture(folder: Path, tmp_path: Path) -> None:
+    edit(folder / "config.json", architectures=["NoSuchModelForCausalLM"])
+    refused(run(folder, tmp_path / "out.gguf"), "NoSuchModelForCausalLM")
+
+
+def test_no_architecture(folder: Path, tmp_path: Path) -> None:
+    edit(folder / "config.json", architectures=None)
+    refused(run(folder, tmp_path / "out.gguf"), "architecture")
+
+
+def test_pickle_only(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    refused(run(folder, tmp_path / "out.gguf"), "pickled", "safetensors")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_custom_code_is_refused_and_never_run(folder: Path, tmp_path: Path, file: str) -> None:
+    marker = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\n"
+    (folder / "modeling_own.py").write_text(code)
+    (folder / "configuration_own.py").write_text(code)
+    edit(folder / file, auto_map={"AutoConfig": "configuration_own.C", "AutoTokenizer": ["modeling_own.T", None]})
+    refused(run(folder, tmp_path / "out.gguf"), "auto_map", "--ignore-code")
+    out = tmp_path / "ignored.bin"
+    assert run(folder, out, "--ignore-code", "--type", "bf16").exit_code == 0
+    assert out.exists() and not marker.exists()
+
+
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "no-such-method"])
+def test_unknown_quantization(folder: Path, tmp_path: Path, method: str) -> None:
+    edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    refused(run(folder, tmp_path / "out.gguf"), repr(method))
+
+
+@pytest.mark.parametrize("type_name", ["iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "q2_k_s", "iq1_s"])
+def test_types_that_need_an_importance_matrix(folder: Path, tmp_path: Path, type_name: str) -> None:
+    refused(run(folder, tmp_path / "out.gguf", "--type", type_name), "importance matrix", "--imatrix")
+
+
+def test_unreadable_importance_matrix(folder: Path, tmp_path: Path) -> None:
+    refused(run(folder, tmp_path / "out.gguf", "--imatrix", tmp_path / "none"), "does not exist")
+    legacy = tmp_path / "legacy.dat"
+    legacy.write_bytes(bytes(64))
+    refused(run(folder, tmp_path / "out.gguf", "--imatrix", legacy), "legacy")
+
+
+def test_output_exists(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.bin"
+    out.write_text("precious")
+    refused(run(folder, out), "--force")
+    assert out.read_text() == "precious"
+
+
+def test_output_folder_missing(folder: Path, tmp_path: Path) -> None:
+    refused(run(folder, tmp_path / "no" / "out.gguf"), "does not exist")
+
+
+def test_output_is_a_folder(folder: Path, tmp_path: Path) -> None:
+    refused(run(folder, tmp_path), "is a folder")
+
+
+def test_output_on_a_read_only_file_system(folder: Path) -> None:
+    refused(run(folder, "/proc/out.gguf"), "cannot be written")
+
+
+def test_too_little_space_is_seen_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(run(folder, tmp_path / "out.gguf"), "GB free", "make room")
+
+
+def test_unknown_type(folder: Path, tmp_path: Path) -> None:
+    result = run(folder, tmp_path / "out.gguf", "--type", "q4_z")
+    assert result.exit_code == 2 and "q4_z" in result.stderr

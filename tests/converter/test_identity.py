@@ -1,0 +1,156 @@
+"""Tensors equal, byte for byte, what llama.cpp's own chain makes: upstream's BF16 conversion, then its quantizer."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from llama_cpp import _conversion, _gguf
+
+from ziggurat.converter.errors import ImatrixError
+from ziggurat.converter.pipeline import ConvertSettings, convert
+from ziggurat.converter.recipes import FTYPES
+
+MakeCheckpoint = Callable[..., Path]
+
+TYPES = ["q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "iq4_nl", "q5_k_m", "q6_k", "q8_0",
+         "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq3_s", "iq3_m"]  # fmt: skip
+IMATRIX_TYPES = ["q4_k_m", "q4_0", "iq4_xs", "q2_k_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs",
+                 "iq1_s", "iq1_m"]  # fmt: skip
+FAMILIES = ["llama_tied", "llama_untied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3_moe", "gpt2"]
+
+
+@pytest.fixture(scope="module")
+def upstream(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Give upstream's own unquantized GGUF of a checkpoint; only the pre-tokenizer's name is made up."""
+    made: dict[tuple[str, str, str], Path] = {}
+
+    def make(family: str, dtype: str, outtype: str = "bf16") -> Path:
+        import torch
+
+        if (family, dtype, outtype) not in made:
+            folder, out = checkpoint(family, dtype=dtype), tmp_path_factory.mktemp("upstream") / f"{outtype}.gguf"
+            model_class = _conversion.get_model_class(_architecture(folder))
+            body = {"model_arch": model_class.model_arch, "get_vocab_base_pre": lambda self, tokenizer: "gpt-2"}
+            ftype = _gguf.LlamaFileType["ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"]
+            with torch.inference_mode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                type("Upstream", (model_class,), body)(folder, ftype, out).write()
+            made[family, dtype, outtype] = out
+        return made[family, dtype, outtype]
+
+    return make
+
+
+def _architecture(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text())["architectures"][0])
+
+
+def quantize(source: Path, out: Path, type_name: str, imatrix: dict[str, np.ndarray] | None = None) -> None:
+    """llama.cpp's quantizer, as llama-quantize calls it."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = FTYPES[type_name], 2
+    if imatrix is not None:
+        entries = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
+        for entry, (name, data) in zip(entries, imatrix.items(), strict=False):
+            entry.name = name.encode()
+            entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.size = data.size
+        params.imatrix = entries
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
+
+
+def tensors(path: Path) -> Iterator[tuple[str, int, bytes]]:
+    for tensor in sorted(_gguf.GGUFReader(path).tensors, key=lambda t: t.name):
+        yield tensor.name, int(tensor.tensor_type), tensor.data.tobytes()
+
+
+def same(ours: Path, reference: Path) -> None:
+    for mine, wanted in zip(tensors(ours), tensors(reference), strict=True):
+        assert mine[:2] == wanted[:2]
+        assert mine[2] == wanted[2], mine[0]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    yield
+    llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def write_imatrix(path: Path, columns: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Write random importance data in llama.cpp's GGUF form; return the means it stands for."""
+    rng = np.random.default_rng(5)
+    writer = _gguf.GGUFWriter(path=None, arch="imatrix")
+    means = {}
+    for name, shape in columns.items():
+        counts = rng.integers(1, 50, (*shape[:-1], 1)).astype(np.float32)
+        counts[0, 0] = 0 if shape[0] > 1 else counts[0, 0]  # an expert that no token reached
+        sums = rng.gamma(0.5, 4.0, shape).astype(np.float32) * counts
+        writer.add_tensor(f"{name}.in_sum2", sums)
+        writer.add_tensor(f"{name}.counts", counts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means[name] = np.where(counts > 0, sums / counts, np.float32(1)).astype(np.float32).reshape(-1)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return means
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_every_type(
+    checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str
+) -> None:
+    """A checkpoint in F32 shows that the rounding to BF16 comes first, as in the chain."""
+    quantize(upstream("llama_gqa", "float32"), tmp_path / "ref.gguf", type_name)
+    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
+    same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
+
+
+@pytest.mark.parametrize("type_name", ["f32", "f16", "bf16"])
+def test_unquantized(
+    checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str
+) -> None:
+    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
+    same(tmp_path / "own.gguf", upstream("llama_gqa", "float32", type_name))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("type_name", ["q4_k_m", "q4_0"])
+def test_every_family(
+    checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, family: str, type_name: str
+) -> None:
+    quantize(upstream(family, "bfloat16"), tmp_path / "ref.gguf", type_name)
+    convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
+    same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
+
+
+@pytest.mark.parametrize(("family", "type_name"), [("llama_gqa", t) for t in IMATRIX_TYPES] + [("mixtral", "iq3_xxs")])
+def test_with_an_importance_matrix(
+    checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, family: str, type_name: str
+) -> None:
+    source = upstream(family, "bfloat16")
+    columns = {
+        t.name: (t.data.shape[0] if t.data.ndim == 3 else 1, int(t.shape[0]))
+        for t in _gguf.GGUFReader(source).tensors
+        if len(t.shape) > 1 and t.name.startswith("blk")
+    }
+    means = write_imatrix(tmp_path / "imatrix.gguf", columns)
+    quantize(source, tmp_path / "ref.gguf", type_name, means)
+    settings = ConvertSettings(type=type_name, imatrix=tmp_path / "imatrix.gguf")
+    convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", settings)
+    same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
+
+
+def test_an_importance_matrix_of_another_model(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    write_imatrix(tmp_path / "imatrix.gguf", {"blk.0.attn_q.weight": (1, 7)})
+    with pytest.raises(ImatrixError, match="another model"):
+        convert(checkpoint("llama_gqa"), tmp_path / "own.gguf", ConvertSettings(imatrix=tmp_path / "imatrix.gguf"))

@@ -1,0 +1,166 @@
+"""What a conversion leaves behind: the whole file, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ziggurat.converter import pipeline
+from ziggurat.converter.errors import OutputError
+from ziggurat.converter.pipeline import ConvertSettings, convert
+from ziggurat.converter.report import Estimate
+
+MakeCheckpoint = Callable[..., Path]
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.estimates: list[Estimate] = []
+        self.parameters = 0
+
+    def planned(self, estimate: Estimate) -> None:
+        self.estimates.append(estimate)
+
+    def advance(self, parameters: int, tensor: str) -> None:
+        self.parameters += parameters
+
+
+def test_report_and_progress(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    out, recorder = tmp_path / "out.gguf", Recorder()
+    settings = ConvertSettings(report=tmp_path / "report.json", threads=2)
+    report = convert(checkpoint("llama_gqa"), out, settings, recorder)
+    assert report.output_bytes == out.stat().st_size
+    assert sum(share.parameters for share in report.types.values()) == report.parameters == recorder.parameters
+    assert report.bits_per_weight == pytest.approx(8 * sum(s.bytes for s in report.types.values()) / report.parameters)
+    assert recorder.estimates[0].output_bytes < report.output_bytes
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["types"].keys() == report.types.keys() and written["type"] == "q4_k_m"
+    assert written["pre_tokenizer"] == "llama-bpe"
+
+
+def test_same_file_for_any_number_of_threads(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    for threads in (1, 3):
+        convert(checkpoint("qwen3"), tmp_path / f"{threads}.gguf", ConvertSettings(threads=threads))
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()
+
+
+def test_force_replaces(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_text("old")
+    with pytest.raises(OutputError):
+        convert(checkpoint("llama_gqa"), out)
+    convert(checkpoint("llama_gqa"), out, ConvertSettings(force=True))
+    assert out.read_bytes()[:4] == b"GGUF"
+
+
+def test_sharded_checkpoint_gives_the_same_file(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The index file decides what belongs to the model, wherever the tensors lie."""
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(checkpoint("llama_gqa", dtype="float32"), tmp_path / "a" / "model"))
+    convert(folder, tmp_path / "single.gguf")
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = {}
+    for i, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
+        shard = f"model-{i:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / shard, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, shard))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    convert(folder, tmp_path / "sharded.gguf")
+    assert (tmp_path / "single.gguf").read_bytes() == (tmp_path / "sharded.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])
+def test_nothing_is_left_after_a_failure_in_mid_file(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    class Failing(Recorder):
+        def advance(self, parameters: int, tensor: str) -> None:
+            super().advance(parameters, tensor)
+            if tensor.startswith("blk.1"):
+                raise error
+
+    failing = Failing()
+    expected = OutputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        convert(checkpoint("llama_gqa"), tmp_path / "out.gguf", progress=failing)
+    assert failing.parameters > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """A limit on the file size stands for a disk that fills up: the write fails in the kernel."""
+    command = [sys.executable, "-m", "ziggurat.converter", str(checkpoint("llama_gqa")), str(tmp_path / "out.gguf")]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("convert: error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals(checkpoint: MakeCheckpoint, tmp_path: Path, number: int) -> None:
+    """A conversion stopped in the middle ends at once, says so and leaves nothing."""
+    code = (
+        "import time, sys\n"
+        "from ziggurat.converter import cli\n"
+        "def slow(self, parameters, tensor):\n"
+        "    print('working', flush=True)\n"
+        "    time.sleep(0.05)\n"
+        "cli._Display.advance = slow\n"
+        "cli.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(checkpoint("llama_gqa")), str(tmp_path / "out.gguf")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted, nothing was written" in stderr and "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_final_name_appears_only_at_the_end(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+
+    class Watching(Recorder):
+        def advance(self, parameters: int, tensor: str) -> None:
+            assert not out.exists()
+            super().advance(parameters, tensor)
+
+    watching = Watching()
+    convert(checkpoint("llama_gqa"), out, progress=watching)
+    assert out.exists() and watching.parameters > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+
+
+def test_default_threads_follow_the_affinity(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    report = convert(checkpoint("llama_gqa"), tmp_path / "out.gguf")
+    assert report.threads == len(os.sched_getaffinity(0))
+
+
+def test_time_is_measured(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    report = pipeline.convert(checkpoint("llama_gqa"), tmp_path / "out.gguf")
+    assert 0 < report.seconds <= time.perf_counter() - start
