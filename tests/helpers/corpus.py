@@ -59,7 +59,7 @@ a  b   c    d     e      f       g        h
 
 TRAINING = (ENGLISH, SCRIPTS, CODE, ODDS)
 
-# name -> text. All are NFC: llama.cpp normalises nothing, so decomposed text is a known difference and has its own test.
+# name -> text. All are NFC: llama.cpp normalises nothing, so it differs on decomposed text where a family composes it.
 HARD_TEXTS: dict[str, str] = {
     "english": "Hello, world! It's 12345.67; DON'T we'LL  do  it? I've been 'told he's there, 'RE you sure?",
     "russian": "Привет, мир! Кирпичи сушили на солнце, 2024 год. ЗАГЛАВНЫЕ и строчные.",
@@ -88,8 +88,9 @@ HARD_TEXTS: dict[str, str] = {
     "long_word": "storey" * 300 + "Ziggurat" * 40,
     "control": "bell\x07 escape\x1b[0m delete\x7f unit\x1f separator",
     "wide_spaces": "a\u00a0b\u3000c\u2003d\u200be\ufeffg",
-    "block": "a\u2581b \u2581 c",
+    "block": "a\u2581b c",
     "one_letter": "z",
+    "ignored_merges": "The Ziggurat of Ur, a Ziggurat.",
 }
 
 # Marks after letters: llama.cpp's patterns for tekken and GPT-4o cut there where the original does not.

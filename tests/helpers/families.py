@@ -4,8 +4,8 @@ Widths are multiples of 256, so that K-quants apply. Nothing is left at its init
 random too, otherwise a bias that gets lost, or a "+ 1" that is applied twice, would not show in the logits.
 
 `save_pretrained` of transformers 5 writes a config that repositories made before it do not have (`rope_parameters`,
-`dtype`, other names for the number of experts). `build` writes the classic form; `build(..., config="saved")` keeps what
-the installed transformers writes. The tensors need no such care: it restores the classic names when it saves.
+`dtype`, other names for the number of experts). `build` writes the classic form; `build(..., config="saved")` keeps
+what the installed transformers writes. The tensors need no such care: it restores the classic names when it saves.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+
 from helpers.vocabularies import special_ids, tokenizer_size, write_tokenizer
 
 CLASSIC_VERSION = "4.48.0"
@@ -53,7 +54,8 @@ class Family:
     dropped: tuple[str, ...] = ()  # keys of the saved config that classic ones do not have
     norm_offset: float = 1.0  # what norm weights are centred on; Gemma stores weight - 1
     padded_vocab: int = 0  # rows of the embedding beyond the tokenizer's ids, as in Qwen's checkpoints
-    moe: bool = False
+    causal: bool = True
+    seed: int = 0  # for mixtures of experts: one that keeps most tokens of the tests' prompt away from routing ties
 
 
 FAMILIES: dict[str, Family] = {
@@ -133,7 +135,7 @@ FAMILIES: dict[str, Family] = {
         "llama2",
         {**_COMMON, "rope_theta": 1000000.0, "num_local_experts": 4, "num_experts_per_tok": 2},
         dropped=("head_dim",),
-        moe=True,
+        seed=1,
     ),
     "qwen3_moe": Family(
         transformers.Qwen3MoeForCausalLM,
@@ -150,7 +152,7 @@ FAMILIES: dict[str, Family] = {
         },
         classic={"num_experts": 8},
         dropped=("num_local_experts",),
-        moe=True,
+        seed=5,
     ),
     "gpt2": Family(
         transformers.GPT2LMHeadModel,
@@ -158,6 +160,23 @@ FAMILIES: dict[str, Family] = {
         "gpt2",
         {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512},
         classic={"n_ctx": 512},
+    ),
+    # an encoder and a decoder: here for its tokenizer, the one that upstream writes from a SentencePiece unigram model
+    "t5": Family(
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config,
+        "t5",
+        {
+            "d_model": 256,
+            "d_kv": 64,
+            "d_ff": 512,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+        classic={"n_positions": 512},
+        causal=False,
     ),
 }
 
@@ -168,20 +187,21 @@ def build(
     *,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     config: Literal["classic", "saved"] = "classic",
+    tokenizer: str | None = None,
     max_shard_size: str = "5GB",
-    seed: int = 0,
 ) -> Path:
-    """Write the checkpoint of family `name` into `folder`, with its tokenizer, and return the folder."""
+    """Write the checkpoint of family `name` into `folder`, with its tokenizer or another, and return the folder."""
     family = FAMILIES[name]
+    tokenizer = tokenizer or family.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = tokenizer_size(family.tokenizer) + family.padded_vocab
-    ids = special_ids(family.tokenizer)
+    vocab_size = tokenizer_size(tokenizer) + family.padded_vocab
+    ids = special_ids(tokenizer)
     settings = family.config(vocab_size=vocab_size, **ids, **family.options)
     with _quiet():
         model = family.model(settings)
-        randomize(model, seed, family.norm_offset)
+        randomize(model, family.seed, family.norm_offset)
         model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
-    write_tokenizer(family.tokenizer, folder)
+    write_tokenizer(tokenizer, folder)
     if config == "classic":
         path = folder / "config.json"
         path.write_text(json.dumps(_classic(json.loads(path.read_text()), family), indent=2))
@@ -200,6 +220,9 @@ def randomize(model: torch.nn.Module, seed: int, norm_offset: float) -> None:
                 scale, offset = 0.2, norm_offset
             elif "embed" in name or ".wte." in name or ".wpe." in name or name.startswith("lm_head"):
                 scale, offset = 0.15, 0.0
+            elif name.endswith("mlp.gate.weight"):
+                # the router: far enough from ties that rounding seldom sends a token to another expert
+                scale, offset = 6 * weight.shape[-1] ** -0.5, 0.0
             else:
                 # fused experts are (experts, out, in) and GPT-2's Conv1D is (in, out): both sides are about as wide
                 scale, offset = weight.shape[-1] ** -0.5, 0.0
@@ -235,7 +258,8 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers computes in F32: logits (tokens, vocabulary) and each token's narrowest routing margin."""
+    """What transformers computes in F32: logits (tokens, vocabulary), and for each token by how much the last expert
+    that was chosen beat the first that was not, in router logits, in the layer where that was closest."""
 
     logits: torch.Tensor
     margins: torch.Tensor | None
@@ -260,8 +284,6 @@ def reference(folder: Path, tokens: list[int]) -> Reference:
         output = model(torch.tensor([tokens]), use_cache=False, **wanted)
     margins = None
     if experts:
-        best = torch.stack([r.softmax(-1).topk(experts + 1).values for r in output.router_logits])
+        best = torch.stack([r.topk(experts + 1).values for r in output.router_logits])
         margins = (best[..., experts - 1] - best[..., experts]).min(0).values
     return Reference(output.logits[0], margins)
-
-

@@ -77,7 +77,7 @@ class Gguf:
             if llama_cpp.llama_decode(context, batch) != 0:
                 raise RuntimeError("llama_decode fails")
             rows = llama_cpp.llama_get_logits(context)
-            return np.ctypeslib.as_array(rows, (len(tokens), self.vocab_size)).copy()
+            return np.array(np.ctypeslib.as_array(rows, (len(tokens), self.vocab_size)), dtype=np.float32)
         finally:
             llama_cpp.llama_batch_free(batch)
             llama_cpp.llama_free(context)

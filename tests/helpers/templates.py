@@ -1,4 +1,4 @@
-"""Chat templates in the style of the families: whitespace control, loops, conditions, and text that is easy to mangle."""
+"""Chat templates in the style of the families: white space control, loops, conditions, text that is easy to mangle."""
 
 from __future__ import annotations
 

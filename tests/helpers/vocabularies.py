@@ -51,6 +51,7 @@ class Kind:
     cuts_marks: bool = False  # llama.cpp's pattern cuts before combining marks, the original does not
     # hard texts that the tokenizers library splits otherwise than SentencePiece, the original, and llama.cpp do
     as_sentencepiece: frozenset[str] = field(default_factory=frozenset)
+    beyond_llama_cpp: frozenset[str] = field(default_factory=frozenset)  # hard texts that llama.cpp splits otherwise
 
 
 @functools.cache
@@ -421,7 +422,13 @@ def _gemma(*, separate_template: bool) -> Files:
 
 def _t5() -> Files:
     proto = _train_sentencepiece(
-        model_type="unigram", vocab_size=700, normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1
+        model_type="unigram",
+        vocab_size=700,
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
     )
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
@@ -440,6 +447,29 @@ def _t5() -> Files:
     }  # fmt: skip
     return {
         "spiece.model": proto.SerializeToString(),
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": _json({**config, "added_tokens_decoder": _added_tokens_decoder(tokenizer)}),
+    }
+
+
+def _unigram(*, byte_fallback: bool) -> Files:
+    """A decoder's SentencePiece unigram vocabulary, as some Japanese Llamas have."""
+    options = {**_LLAMA2_TRAINING, "model_type": "unigram", "byte_fallback": byte_fallback}
+    proto = _train_sentencepiece(**options)
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=byte_fallback))
+    tokenizer.normalizer = _spaces_to_blocks(prepend=True)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(_special("<unk>", "<s>", "</s>"))
+    tokenizer.post_processor = _bos_first(tokenizer, "<s>")
+    config = {
+        "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "pad_token": None,
+        "unk_token": "<unk>", "clean_up_tokenization_spaces": False, "legacy": False,
+        "tokenizer_class": "LlamaTokenizer",
+    }  # fmt: skip
+    return {
+        "tokenizer.model": proto.SerializeToString(),
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": _json({**config, "added_tokens_decoder": _added_tokens_decoder(tokenizer)}),
     }
@@ -467,4 +497,9 @@ KINDS: dict[str, Kind] = {
     "gemma": Kind(lambda: _gemma(separate_template=False), model="llama", template=templates.GEMMA),
     "gemma3": Kind(lambda: _gemma(separate_template=True), model="llama", template=templates.GEMMA),
     "t5": Kind(_t5, model="t5"),
+    "unigram": Kind(
+        lambda: _unigram(byte_fallback=False), model="t5", beyond_llama_cpp=frozenset({"space", "only_spaces"})
+    ),
+    # llama.cpp's unigram has no byte fallback and its SentencePiece BPE is no unigram: nothing in a GGUF says this
+    "unigram_bytes": Kind(lambda: _unigram(byte_fallback=True), model="none"),
 }
