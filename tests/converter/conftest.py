@@ -1,0 +1,47 @@
+"""Checkpoints and their conversions, each made once per session."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers import families
+from ziggurat.converter.pipeline import ConvertSettings, convert
+
+MakeCheckpoint = Callable[..., Path]
+MakeGguf = Callable[[Path, str], Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """Give the folder of a random checkpoint: a family's name, and options of `families.build`."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(name: str, **options: str) -> Path:
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            made[key] = families.build(name, tmp_path_factory.mktemp(name) / "model", **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> MakeGguf:
+    """Give the GGUF of a checkpoint in one type."""
+    made: dict[tuple[Path, str], Path] = {}
+
+    def make(folder: Path, type_name: str) -> Path:
+        if (folder, type_name) not in made:
+            out = tmp_path_factory.mktemp("gguf") / f"{type_name}.gguf"
+            with warnings.catch_warnings():
+                # upstream's T5 class leaves closing its vocabulary to the garbage collector
+                warnings.simplefilter("ignore", ResourceWarning)
+                convert(folder, out, ConvertSettings(type=type_name))
+            made[folder, type_name] = out
+        return made[folder, type_name]
+
+    return make
