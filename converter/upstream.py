@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter import ggml, pretokenizer
+from ziggurat.converter import ggml, pretokenizer, vocabulary
 from ziggurat.converter.checkpoint import Checkpoint
 from ziggurat.converter.errors import ConvertError, LibraryError, TokenizerError, UnsupportedModelError
 
@@ -96,7 +96,9 @@ def plan(checkpoint: Checkpoint, base: str, *, pre: str | None = None, name: str
     adapter = _adapter_class(model_class, checkpoint, pre)
     ftype = gguf.LlamaFileType["ALL_F32" if base == "f32" else f"MOSTLY_{base.upper()}"]
     with _translated(checkpoint, "its tensors"):
-        model = adapter(checkpoint.folder, ftype, Path(f"{checkpoint.folder.name or 'model'}.gguf"), model_name=name)
+        hparams = _complete(conversion.ModelBase.load_hparams(checkpoint.folder, False))
+        out = Path(f"{checkpoint.folder.name or 'model'}.gguf")  # only looked at, never written
+        model = adapter(checkpoint.folder, ftype, out, model_name=name, hparams=hparams)
 
         def sink(tensor_name: str, data: Any, qtype: Any) -> None:
             shape = tuple(int(n) for n in data.shape)
@@ -147,8 +149,23 @@ def _adapter_class(model_class: Any, checkpoint: Checkpoint, pre: str | None) ->
         finally:
             upstream_log.setLevel(level)
 
-    namespace = {"model_arch": model_class.model_arch, "get_vocab_base_pre": get_vocab_base_pre}
+    def set_vocab(self: Any) -> None:
+        model_class.set_vocab(self)
+        vocabulary.mend_unigram(checkpoint.folder, self.gguf_writer)
+
+    namespace = {
+        "model_arch": model_class.model_arch,
+        "get_vocab_base_pre": get_vocab_base_pre,
+        "set_vocab": set_vocab,
+    }
     return type(model_class.__name__, (model_class,), namespace)
+
+
+def _complete(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Add what upstream's classes ask for and transformers 5 no longer writes."""
+    if hparams.get("model_type") == "gpt2" and "n_ctx" not in hparams:
+        return {**hparams, "n_ctx": hparams["n_positions"]}
+    return hparams
 
 
 @contextmanager

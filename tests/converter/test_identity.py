@@ -106,9 +106,7 @@ def write_imatrix(path: Path, columns: dict[str, tuple[int, ...]]) -> dict[str, 
 
 
 @pytest.mark.parametrize("type_name", TYPES)
-def test_every_type(
-    checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str
-) -> None:
+def test_every_type(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
     """A checkpoint in F32 shows that the rounding to BF16 comes first, as in the chain."""
     quantize(upstream("llama_gqa", "float32"), tmp_path / "ref.gguf", type_name)
     convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
@@ -116,9 +114,7 @@ def test_every_type(
 
 
 @pytest.mark.parametrize("type_name", ["f32", "f16", "bf16"])
-def test_unquantized(
-    checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str
-) -> None:
+def test_unquantized(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
     convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
     same(tmp_path / "own.gguf", upstream("llama_gqa", "float32", type_name))
 

@@ -39,10 +39,7 @@ def test_logits_are_those_of_transformers(
     assert _error(folder, gguf(folder, type_name), type_name) < LIMIT[type_name]
 
 
-GPT2_PENDING = pytest.mark.xfail(strict=True, reason="upstream reads n_ctx, which transformers 5 no longer writes")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=GPT2_PENDING if n == "gpt2" else ()) for n in CAUSAL])
+@pytest.mark.parametrize("name", CAUSAL)
 def test_config_as_transformers_5_saves_it(
     name: str, checkpoint: Callable[..., Path], gguf: Callable[[Path, str], Path]
 ) -> None:

@@ -34,9 +34,6 @@ BODIES = {
     "unigram": "llama_untied",
 }
 REFUSED = {"unigram_bytes": "llama_untied"}
-UNIGRAM_PENDING = pytest.mark.xfail(
-    strict=True, reason="upstream writes every SentencePiece vocabulary of a decoder as if it were BPE"
-)
 PREFIXED = ("llama2", "mistral", "phi3", "unigram")  # SentencePiece puts a space before the text
 
 
@@ -59,7 +56,7 @@ class Pair:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(kind, marks=UNIGRAM_PENDING if kind == "unigram" else ()) for kind in BODIES],
+    params=list(BODIES),
 )
 def pair(
     request: pytest.FixtureRequest, checkpoint: Callable[..., Path], gguf: Callable[[Path, str], Path]
@@ -147,7 +144,6 @@ def test_every_id_has_a_token(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(("kind", "body"), REFUSED.items())
-@UNIGRAM_PENDING
 def test_vocabularies_llama_cpp_cannot_have_are_refused(
     kind: str, body: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
