@@ -76,6 +76,17 @@ class Batch:
         self._length = end
         return end - 1
 
+    def want(self, start: int, end: int) -> None:
+        """Ask for the logits after each of the tokens [start, end) of the batch; those asked for already stay.
+
+        Raises InvalidRequestError when the range is not within the batch.
+        """
+        if not 0 <= start <= end <= self._length:
+            raise InvalidRequestError(f"tokens {start} to {end} are not in a batch of {self._length}")
+        added = [index for index in range(start, end) if not self._wanted[index]]
+        self._wanted[start:end] = [1] * (end - start)
+        self._outputs.extend(added)
+
     def native(self, lib: Any) -> Any:
         """Return the ``llama_batch`` struct over these arrays; valid while this object lives and is unchanged."""
         return lib.llama_batch(

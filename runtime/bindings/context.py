@@ -161,6 +161,30 @@ class Context:
         pointer = self._lib.llama_get_logits_ith(self.handle, self.output_index(index))
         return np.ctypeslib.as_array(pointer, shape=(self.model.vocab.n_tokens,)).copy()
 
+    def output_logits(self) -> Any:
+        """View all logits of the last batch: float32 of shape (outputs, n_vocab), in the order of the batch's tokens.
+
+        Nothing is copied: the array is the library's own buffer, valid until the next ``decode`` or ``close``.
+        """
+        import numpy as np
+
+        shape = (len(self._outputs), self.model.vocab.n_tokens)
+        if not shape[0]:
+            return np.empty(shape, np.float32)
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(self.handle), shape=shape)
+
+    def copy(self, source: int, target: int) -> None:
+        """Give sequence ``target`` all rows of ``source``; what it had is forgotten."""
+        memory = self._checked_memory()
+        if source != target and self._valid(source) and self._valid(target):
+            self._lib.llama_memory_seq_rm(memory, target, -1, -1)
+            self._lib.llama_memory_seq_cp(memory, source, target, -1, -1)
+
+    def _valid(self, sequence: int) -> bool:
+        if not 0 <= sequence < self.settings.n_seq_max:  # the library would abort the process
+            raise InvalidRequestError(f"sequence {sequence} is not one of {self.settings.n_seq_max}")
+        return True
+
     def clear(self) -> None:
         """Forget the rows of all sequences."""
         self._lib.llama_memory_clear(self._checked_memory(), False)

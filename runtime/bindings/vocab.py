@@ -11,6 +11,7 @@ from ziggurat.runtime.errors import TokenError
 
 _MAX_TEXT = 2**31 - 1
 _NULL_TOKEN = -1
+_ATTR_NORMAL = 1 << 2  # LLAMA_TOKEN_ATTR_NORMAL
 
 
 class Vocab:
@@ -71,6 +72,11 @@ class Vocab:
     def is_eog(self, token: int) -> bool:
         """Whether the token ends a generation (EOS, end of turn, …)."""
         return bool(self._lib.llama_vocab_is_eog(self.handle, token))
+
+    def is_normal(self, token: int) -> bool:
+        """Whether the token is ordinary text: not control, unknown, unused, user-defined, or a single byte."""
+        self.check((token,))
+        return bool(self._lib.llama_vocab_get_attr(self.handle, token) & _ATTR_NORMAL)
 
     def _special(self, token: int) -> int | None:
         return None if token == _NULL_TOKEN else token
