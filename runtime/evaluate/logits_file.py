@@ -3,12 +3,13 @@
 Layout (little-endian): the magic ``ZIGLOGP1``, the header's length (uint32), the header (JSON), the chunks' tokens
 (int32), then per chunk its rows and their CRC-32. A row is one scored position over the whole vocabulary in 16 bits:
 float32 ``step``, float32 ``top``, uint16 codes; a log-probability is top - step * code, so the likeliest token is exact
-and others are off by at most 24 / 65535 / 2 nats; what is less likely than top - 24 is taken as that. Rows are written
-and read in blocks, never held all at once. ``--kl-divergence-base`` files of llama.cpp are read as well.
+and others are off by at most 24 / 65535 / 2 nats; what is less likely than top - 24 is taken as that, and no probability mass.
+Rows are written and read in blocks, never held all at once. ``--kl-divergence-base`` files of llama.cpp are read as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -146,7 +147,7 @@ class LogitsFile:
             self.header = self._llama_cpp_header() if self.llama_cpp else self._own_header()
             self._check_size()
         except BaseException:
-            self._map.close()
+            self.close()
             raise
 
     def _damaged(self, what: str) -> InvalidRequestError:
@@ -191,6 +192,11 @@ class LogitsFile:
             raise self._damaged(f"has {len(self._map)} bytes instead of {expected}: it is cut off or damaged")
         if zlib.crc32(self._map[self._start : self._rows_at]) != header.tokens_crc32:
             raise self._damaged("its tokens are damaged")
+
+    @property
+    def floor(self) -> float:
+        """Log-probabilities down to here may have been cut off, so that they carry no mass in a divergence."""
+        return -16.0 if self.llama_cpp else -0.999 * RANGE
 
     def check(self, chunks: Chunks, vocabulary: str, n_vocab: int) -> None:
         """Raise InvalidRequestError unless this is of the same vocabulary, context and text; more chunks are fine."""
@@ -249,8 +255,9 @@ class LogitsFile:
         self._checked = chunk
 
     def close(self) -> None:
-        """Unmap the file. Idempotent."""
-        self._map.close()
+        """Unmap the file, or leave that to the last array made of it. Idempotent."""
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
     def __enter__(self) -> LogitsFile:
         return self

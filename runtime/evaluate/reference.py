@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,9 @@ _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 class Reference(Protocol):
-    """Gives the reference's log-probabilities step by step."""
+    """Gives the reference's log-probabilities step by step. What is at or below ``floor`` counts as no mass."""
+
+    floor: float
 
     def begin(self, step: Step) -> None:
         """Make the rows of a step ready. Steps come in order."""
@@ -41,6 +44,7 @@ class ModelReference:
     """A model in memory beside the one that is evaluated."""
 
     def __init__(self, decoder: ChunkDecoder) -> None:
+        self.floor = -math.inf
         self._decoder = decoder
         self._logits: Logits | None = None
 
@@ -58,6 +62,7 @@ class FileReference:
     """A logits file that was checked against the chunks."""
 
     def __init__(self, file: LogitsFile, chunks: Chunks) -> None:
+        self.floor = file.floor
         self._file, self._chunks = file, chunks
         self._step = Step(0, 0, 0, 0)
 

@@ -2,7 +2,7 @@
 
 Definitions are llama.cpp's (``tools/perplexity``), so that figures compare: natural logarithms, KL(reference || model)
 over the whole vocabulary, standard errors of means that take tokens as independent. One deviation: upstream leaves out
-tokens whose reference probability is below e^-16 and knows the reference in 16 bits; here both are whole.
+tokens whose reference probability is below e^-16 and knows the reference in 16 bits; here both are whole, unless the reference is a file.
 """
 
 from __future__ import annotations
@@ -50,13 +50,21 @@ class TokenScores:
     same_top: NDArray[np.bool_] | None = None
 
 
-def score(log_probs: Float32, targets: NDArray[np.int32], reference: Float32 | None = None) -> TokenScores:
-    """Score rows of log-probabilities (rows, n_vocab) on the tokens that came, and against a reference's rows."""
+def score(
+    log_probs: Float32, targets: NDArray[np.int32], reference: Float32 | None = None, floor: float = -math.inf
+) -> TokenScores:
+    """Score rows of log-probabilities (rows, n_vocab) on the tokens that came, and against a reference's rows.
+
+    What the reference has at ``floor`` or below it counts as no probability mass in the divergence.
+    """
     rows = np.arange(len(targets))
     nll = -log_probs[rows, targets].astype(np.float64)
     if reference is None:
         return TokenScores(nll)
-    kld = (np.exp(reference) * (reference - log_probs)).sum(axis=1, dtype=np.float64)
+    mass = np.exp(reference)
+    if floor > -math.inf:
+        mass[reference <= floor] = 0.0
+    kld = (mass * (reference - log_probs)).sum(axis=1, dtype=np.float64)
     same = log_probs.argmax(axis=1) == reference.argmax(axis=1)
     return TokenScores(nll, -reference[rows, targets].astype(np.float64), kld, same)
 

@@ -119,8 +119,10 @@ class _Part:
     reference: Reference | None
 
     def score(self, block: slice) -> TokenScores:
-        rows = self.reference.rows(block) if self.reference is not None else None
-        return score(log_softmax(self.logits[block]), self.targets[block], rows)
+        log_probs, targets = log_softmax(self.logits[block]), self.targets[block]
+        if self.reference is None:
+            return score(log_probs, targets)
+        return score(log_probs, targets, self.reference.rows(block), self.reference.floor)
 
 
 def _joined(parts: list[TokenScores]) -> TokenScores:
