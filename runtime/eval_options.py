@@ -70,14 +70,14 @@ needle_options = _group(
         show_default=True,
         help="Sentences, or random tokens for models without a language.",
     ),
-    click.option("--needle-text", type=FILE, metavar="FILE", help="Text to hide the facts in; default: a built-in one."),
+    click.option("--needle-text", type=FILE, metavar="FILE", help="Text to hide facts in; default: a built-in one."),
     click.option("--needle-fact", metavar="TEXT", help="A fact; default: 'The code of {key} is {value}.'."),
     click.option("--needle-question", metavar="TEXT", help="Its question; default: 'What is the code of {key}?'."),
     click.option(
-        "--needle-digits", type=click.IntRange(1, 18), default=4, show_default=True, metavar="N", help="Digits of codes."
+        "--needle-digits", type=click.IntRange(1, 18), default=4, show_default=True, metavar="N", help="Code digits."
     ),
     click.option(
-        "--answer-tokens", type=click.IntRange(1), default=24, show_default=True, metavar="N", help="Room for an answer."
+        "--answer-tokens", type=click.IntRange(1), default=24, show_default=True, metavar="N", help="Answer room."
     ),
     click.option("--raw", is_flag=True, help="No chat template: the fact's beginning ends the prompt."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Repeats the same documents."),

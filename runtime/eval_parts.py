@@ -64,7 +64,7 @@ def _loaded(path: Path, options: Options, monitor: Monitor) -> Iterator[Model]:
 def measure_text(
     path: Path, text: str, against: Path | None, options: Options, monitor: Monitor, note: Note
 ) -> Figures:
-    """Return perplexity on ``options["text"]``, whose content is ``text``, and divergence from a GGUF or logits file."""
+    """Return perplexity on ``text``, the content of ``--text``, and divergence from a GGUF or logits file."""
     from ziggurat.runtime.evaluate.chunks import cut
     from ziggurat.runtime.evaluate.decoder import ChunkDecoder
     from ziggurat.runtime.evaluate.logits_file import LogitsWriter
@@ -84,9 +84,7 @@ def measure_text(
         decoder = stack.enter_context(ChunkDecoder(model, chunks, how, monitor))
         if (target := options["save_logits"]) is not None:
             vocab = model.vocab
-            writer = stack.enter_context(
-                LogitsWriter(target, chunks, path.name, fingerprint(vocab), vocab.n_tokens)
-            )
+            writer = stack.enter_context(LogitsWriter(target, chunks, path.name, fingerprint(vocab), vocab.n_tokens))
         result = evaluate_text(decoder, chunks, monitor, reference=reference, writer=writer, threads=how.n_threads)
     return result.as_json()
 
@@ -193,7 +191,7 @@ class NeedleGrid:
         return {**self.describe(), **results(trials)}
 
     def jsonl(self) -> str:
-        """Return the documents, one JSON object a line: tokens for this vocabulary and, in the text form, their text."""
+        """Return the documents, one JSON object a line: the prompt as tokens of this vocabulary and as text."""
         from ziggurat.runtime.bindings import Model
 
         lines = []

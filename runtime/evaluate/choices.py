@@ -1,4 +1,4 @@
-"""Multiple choice by log-likelihood: which answer does the model find likeliest after the question?
+"""Multiple choice by log-likelihood: the model answers with what it finds likeliest after the question.
 
 As lm-evaluation-harness does it: the score of a choice is the sum of the log-probabilities of its tokens after the
 prompt; besides, the mean per token (llama.cpp's score) and per byte of the choice (the harness takes characters). The

@@ -2,9 +2,10 @@
 
 Layout (little-endian): the magic ``ZIGLOGP1``, the header's length (uint32), the header (JSON), the chunks' tokens
 (int32), then per chunk its rows and their CRC-32. A row is one scored position over the whole vocabulary in 16 bits:
-float32 ``step``, float32 ``top``, uint16 codes; a log-probability is top - step * code, so the likeliest token is exact
-and others are off by at most 24 / 65535 / 2 nats; what is less likely than top - 24 is taken as that, and no probability mass.
-Rows are written and read in blocks, never held all at once. ``--kl-divergence-base`` files of llama.cpp are read as well.
+float32 ``step``, float32 ``top``, uint16 codes; a log-probability is top - step * code, so the likeliest token is
+exact and others are off by at most 24 / 65535 / 2 nats; what is less likely than top - 24 is taken as that, and counts
+as no probability mass. Rows are written and read in blocks, never held all at once. ``--kl-divergence-base`` files of
+llama.cpp are read as well.
 """
 
 from __future__ import annotations

@@ -94,12 +94,13 @@ def _choices(_figure: Any, axes: Any, figures: dict[str, Any]) -> None:
 
 def _heat_map(figure: Any, axes: Any, grid: dict[str, Any]) -> None:
     cells = grid["by_cell"]
-    image = axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="upper")
+    image = axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="upper")
     axes.set_xticks(range(len(grid["depths"])), [f"{depth:.0%}" for depth in grid["depths"]])
     axes.set_yticks(range(len(grid["lengths"])), [f"{length:,}" for length in grid["lengths"]])
     for row, values in enumerate(cells):
         for column, value in enumerate(values):
-            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=9)
+            colour = "black" if value > 0.5 else "white"
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=9, color=colour)
     facts = "1 fact" if grid["facts"] == 1 else f"{grid['facts']} facts, one asked"
     axes.set(xlabel="depth of the fact", ylabel="tokens")
     axes.set_title(f"Retrieval, {facts}: {grid['accuracy']:.1%} of {grid['trials']} right", fontsize=10)

@@ -1,8 +1,9 @@
 """The arithmetic on logits: log-probabilities, divergence, means with their standard errors. NumPy only.
 
-Definitions are llama.cpp's (``tools/perplexity``), so that figures compare: natural logarithms, KL(reference || model)
-over the whole vocabulary, standard errors of means that take tokens as independent. One deviation: upstream leaves out
-tokens whose reference probability is below e^-16 and knows the reference in 16 bits; here both are whole, unless the reference is a file.
+Definitions are llama.cpp's (``tools/perplexity``), so that figures compare: natural logarithms, KL(reference ||
+model) over the whole vocabulary, standard errors of means that take tokens as independent. One deviation: upstream
+leaves out tokens whose reference probability is below e^-16 and knows the reference in 16 bits; here both are whole,
+unless the reference is a file.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ def text_table(figures: dict[str, Any], title: str) -> Table:
     for key, label, form in _TEXT_ROWS:
         if key in figures:
             error = figures.get(f"{key}_se")
-            table.add_row(label, form.format(figures[key]), "" if error is None else form.replace("+", "").format(error))
+            shown = "" if error is None else form.replace("+", "").format(error)
+            table.add_row(label, form.format(figures[key]), shown)
     return table
 
 
