@@ -31,6 +31,8 @@ def check_target(path: Path, *, force: bool) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise OutputError(f"{folder} does not exist: create it, or choose another place for {path.name}")
+    if not folder.stat().st_mode & 0o222:  # root could, but a folder that nobody may write is closed on purpose
+        raise OutputError(f"{folder} is read-only: choose another place for {path.name}")
     probe = _partial_name(path)
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))

@@ -216,6 +216,12 @@ def test_output_is_a_folder(folder: Path, tmp_path: Path) -> None:
     refused(run(folder, tmp_path), "is a folder")
 
 
+def test_output_folder_read_only(folder: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    refused(run(folder, closed / "out.gguf"), "read-only")
+
+
 def test_output_on_a_read_only_file_system(folder: Path) -> None:
     refused(run(folder, "/proc/out.gguf"), "cannot be written")
 
