@@ -43,9 +43,7 @@ def source_digest(folder: Path) -> str:
     return _digest({name: _read(folder / name) for name in names})
 
 
-def key(
-    folder: Path, settings: Settings, toolchain: Toolchain, cpu: str, environment: Mapping[str, str]
-) -> str:
+def key(folder: Path, settings: Settings, toolchain: Toolchain, cpu: str, environment: Mapping[str, str]) -> str:
     """The key under which a wheel is kept: a hex digest over everything that may change what is in it.
 
     Args:
