@@ -31,7 +31,7 @@ from llama_patches.pin import Pin, file_sha256  # noqa: E402
 from llama_patches.series import Patch, read_series  # noqa: E402
 
 LESS_CONTEXT = ((), ("-C2",), ("-C1",))
-REJECTED = re.compile(r"Rejected hunk #(\d+)|^error: (.*)$", re.MULTILINE)
+REJECTED = re.compile(r"^Applying patch (\S+) with |^Rejected hunk #(\d+)|^error: (\S+: (?:No such|does not).*)$", re.M)
 
 
 @dataclass
@@ -73,9 +73,8 @@ def refresh_patch(patch: Patch, tree: Path, today: str) -> str | list[str]:
             break
     else:
         refused = git(tree, "apply", "--reject", "--verbose", "-", text=body, check=False)
-        reasons = [f"hunk {m[1]}" if m[1] else m[2] for m in REJECTED.finditer(refused.stdout + refused.stderr)]
         git(tree, "checkout", "-q", "--", ".")  # the hunks that did fit; the .rej files stay
-        return reasons
+        return rejected(refused.stdout + refused.stderr)
     git(tree, "commit", "-q", "-m", patch.name)
     diff = git(tree, "diff", "--no-color", "--no-ext-diff", "-U3", "HEAD~1", "HEAD").stdout
     left_out = ("diff --git", "index ", "new file")
@@ -83,6 +82,19 @@ def refresh_patch(patch: Patch, tree: Path, today: str) -> str | list[str]:
     if "".join(lines).split() == body.split():
         return patch.text
     return re.sub(r"(?m)^Last-Update:.*$", f"Last-Update: {today}", patch.header) + "".join(lines)
+
+
+def rejected(said: str) -> list[str]:
+    """The hunks that `git apply --reject --verbose` says it rejected, each with its file."""
+    result: list[str] = []
+    path = ""
+    for file, hunk, missing in REJECTED.findall(said):
+        path = file or path
+        if hunk:
+            result.append(f"{path}: hunk {hunk}")
+        elif missing:
+            result.append(missing)
+    return result or [said.strip()]
 
 
 def refresh(folder: Path, tree: Path, pin: Pin) -> Report:
