@@ -58,7 +58,7 @@ def inspect(model: Path, contexts: str | None, cache_type_k: str, cache_type_v: 
     """Show architecture, sizes, types by tensor group and KV memory of MODEL.gguf."""
     from ziggurat.runtime.gguf_file import read_gguf
 
-    wanted = _parse_contexts(contexts) if contexts else None
+    wanted = _parse_contexts(contexts) if contexts is not None else None
     report = describe(read_gguf(model), wanted, cache_type_k, cache_type_v)
     if as_json:
         click.echo(json.dumps(report, indent=2))
