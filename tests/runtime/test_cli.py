@@ -277,7 +277,7 @@ def test_bad_stdin(
 def test_a_prompt_from_stdin_and_bad_prompts(
     ziggurat: Ziggurat, spm_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("naïve 日本".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("naïve 日本\r\n".encode())))
     piped = ziggurat("run", spm_path, "-", "--raw", "-n", 5, "--temp", 0)
     assert piped[0] == 0
     assert piped[1] == ziggurat("run", spm_path, "naïve 日本", "--raw", "-n", 5, "--temp", 0)[1]

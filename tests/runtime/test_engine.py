@@ -335,6 +335,18 @@ def test_a_failed_load_can_be_tried_again(
         LlamaEngine(spm_path.with_name("none.gguf")).load()
 
 
+def test_an_interrupted_load_leaves_the_engine_as_it_was(spm_path: Path) -> None:
+    def interrupt(_fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    with LlamaEngine(spm_path, EngineSettings(threads=1)) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            engine.load(interrupt)
+        assert not engine.stats().loaded
+        engine.load()
+        assert collect(engine.stream(ask()))[2].reason == "length"
+
+
 def test_quantized_rows_work_where_heads_allow(chat_path: Path) -> None:
     sizes = {}
     for kind in ("f16", "bf16", "q8_0", "q4_0"):
@@ -387,8 +399,9 @@ def test_exit_with_a_running_generation_is_clean(spm_path: Path) -> None:
         f"e = LlamaEngine({str(spm_path)!r}, EngineSettings(n_ctx=8192, threads=1)); e.load()\n"
         "s = e.stream(GenerationRequest(prompt='the')); next(s); print('ok')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+    for _ in range(3):  # the order of what is freed at exit is a race that one run may win
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
 def test_models_that_do_not_generate_are_refused(spm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
