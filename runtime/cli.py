@@ -102,7 +102,7 @@ def _print_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -
 )
 @click.option("--debug", is_flag=True, envvar="ZIGGURAT_DEBUG", expose_value=False, help="Show tracebacks of errors.")
 def ziggurat() -> None:
-    """Run large language models with a bounded KV cache."""
+    """Convert language models to GGUF and run them on llama.cpp."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

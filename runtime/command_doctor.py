@@ -102,7 +102,7 @@ def _check_library(library: dict[str, Any], has_gpu: bool, problems: list[dict[s
             problems,
             "warning",
             what,
-            'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir ./patches',
+            'ZIGGURAT_CUDA=on pip install --force-reinstall --no-deps ./patches',
         )
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny_models
 
+from helpers import tiny_models
 from ziggurat.runtime.bindings import Model
 from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 

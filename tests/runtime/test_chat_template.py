@@ -3,8 +3,8 @@ from __future__ import annotations
 import time
 
 import pytest
-import tiny_models
 
+from helpers import tiny_models
 from ziggurat.runtime.bindings import Model
 from ziggurat.runtime.chat_template import ChatTemplate
 from ziggurat.runtime.engine import GenerationRequest, Message

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 import pytest
-from fake_engine import FakeEngine
 
+from helpers.fake_engine import FakeEngine
 from ziggurat.runtime import cli, command_run
 from ziggurat.runtime.engine import GenerationRequest
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 
+from helpers.fake_engine import FakeEngine
 from ziggurat.runtime.bindings import Context, ContextSettings, Model
 from ziggurat.runtime.engine import Engine, Event, FinishEvent, GenerationRequest, Message, TokenEvent
 from ziggurat.runtime.errors import (

@@ -7,8 +7,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tiny_models
 
+from helpers import tiny_models
 from ziggurat.runtime.errors import ModelFileError
 from ziggurat.runtime.gguf_file import read_gguf
 

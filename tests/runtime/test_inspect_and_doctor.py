@@ -8,8 +8,8 @@ from typing import Any
 
 import gguf
 import pytest
-import tiny_models
 
+from helpers import tiny_models
 from ziggurat.runtime import bindings, cli, command_doctor, hardware
 from ziggurat.runtime.bindings import Model
 from ziggurat.runtime.command_inspect import tensor_group

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import gguf
 import pytest
-import tiny_models
-from tiny_models import Shape
 
+from helpers import tiny_models
+from helpers.tiny_models import Shape
 from ziggurat.runtime import plan
 from ziggurat.runtime.bindings import Context, ContextSettings, Model
 from ziggurat.runtime.errors import ModelFileError, UnsupportedError
