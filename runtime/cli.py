@@ -31,8 +31,21 @@ _SUMMARIES = {
 }
 
 
+class _ReaderLeft(Exception):
+    """A broken pipe, under a name that click does not turn into exit code 1."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are entry points, imported when they are called."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command; a reader of its output that leaves (``| head``) gets a status of its own."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            raise _ReaderLeft from None
 
     def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
         return {entry.name: entry for entry in importlib.metadata.entry_points(group=_GROUP)}
@@ -64,11 +77,17 @@ class LazyGroup(click.Group):
         for name in self.list_commands(ctx):
             summary = _SUMMARIES.get(name)
             if summary is None:
-                command = self.get_command(ctx, name)
-                summary = command.get_short_help_str() if command else ""
+                summary = self._own_summary(ctx, name)
             rows.append((name, summary))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+    def _own_summary(self, ctx: click.Context, name: str) -> str:
+        try:
+            command = self.get_command(ctx, name)
+        except Exception as error:  # one broken command must not hide the others
+            return f"(cannot be loaded: {error})"
+        return command.get_short_help_str() if command else ""
 
 
 def _print_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
@@ -83,7 +102,7 @@ def _print_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -
 )
 @click.option("--debug", is_flag=True, envvar="ZIGGURAT_DEBUG", expose_value=False, help="Show tracebacks of errors.")
 def ziggurat() -> None:
-    """Run large language models with a bounded KV cache."""
+    """Convert language models to GGUF and run them on llama.cpp."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,13 +120,12 @@ def run_command(command: click.Command, name: str, arguments: list[str]) -> int:
     debug = "--debug" in arguments or bool(os.environ.get("ZIGGURAT_DEBUG"))
     try:
         result: Any = command.main(arguments, prog_name=name, standalone_mode=False)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, click.Abort):
         return _INTERRUPTED
-    except BrokenPipeError:
-        # the reader left; keep the interpreter from failing again when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _ReaderLeft:
+        # keep the interpreter from failing again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return _BROKEN_PIPE
     except Exception as error:
         if debug:

@@ -92,7 +92,7 @@ def _check_library(library: dict[str, Any], has_gpu: bool, problems: list[dict[s
 
     if not library["patched"]:
         remedy = PATCHED_REMEDY.partition(": ")[2]
-        _note(problems, "warning", "stock llama.cpp: everything works except KV budgets", remedy)
+        _note(problems, "warning", "stock llama.cpp: everything works except convert", remedy)
     if library["package_version"].partition("+")[0] != _SUPPORTED:
         what = f"llama-cpp-python {library['package_version']} is not the tested {_SUPPORTED}"
         _note(problems, "warning", what, f"pip install llama-cpp-python=={_SUPPORTED}")
@@ -102,7 +102,7 @@ def _check_library(library: dict[str, Any], has_gpu: bool, problems: list[dict[s
             problems,
             "warning",
             what,
-            'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir ./patches',
+            "ZIGGURAT_CUDA=on pip install --force-reinstall --no-deps ./patches",
         )
 
 

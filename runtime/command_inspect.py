@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
+from ziggurat.runtime.options import cache_options
 
 if TYPE_CHECKING:
     from ziggurat.runtime.gguf_file import GGUFFile
@@ -39,26 +40,13 @@ def tensor_group(name: str) -> str:
 @click.option(
     "--ctx", "contexts", metavar="LIST", help="Contexts to show KV sizes for: 4096,32k; default: 4k to the trained one."
 )
-@click.option(
-    "--cache-type-k",
-    type=click.Choice(["f16", "bf16", "q8_0", "q4_0"]),
-    default="f16",
-    show_default=True,
-    help="Type of K rows.",
-)
-@click.option(
-    "--cache-type-v",
-    type=click.Choice(["f16", "bf16", "q8_0", "q4_0"]),
-    default="f16",
-    show_default=True,
-    help="Type of V rows.",
-)
+@cache_options
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 def inspect(model: Path, contexts: str | None, cache_type_k: str, cache_type_v: str, as_json: bool) -> int:
     """Show architecture, sizes, types by tensor group and KV memory of MODEL.gguf."""
     from ziggurat.runtime.gguf_file import read_gguf
 
-    wanted = _parse_contexts(contexts) if contexts else None
+    wanted = _parse_contexts(contexts) if contexts is not None else None
     report = describe(read_gguf(model), wanted, cache_type_k, cache_type_v)
     if as_json:
         click.echo(json.dumps(report, indent=2))

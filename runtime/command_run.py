@@ -115,7 +115,8 @@ def _read_prompt(argument: str) -> str:
     else:
         data, where = sys.stdin.buffer.read(), "stdin"
         try:
-            text = data.decode("utf-8")
+            # the line break that echo and editors put at the end is not part of the question
+            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise InvalidRequestError(
                 f"stdin is not valid UTF-8: byte {data[error.start]:#04x} at {error.start}"

@@ -100,6 +100,7 @@ class LlamaEngine:
             stop.set()
             self._queue.put(None)
             self._thread.join()
+            self._state, self._queue = _State(), queue.SimpleQueue()  # so that a later load starts from nothing
             raise
         self._shutdown = weakref.finalize(self, _shut_down, self._state, self._queue, self._thread)
         return loaded

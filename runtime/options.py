@@ -37,6 +37,19 @@ kv_options = _group(
     click.option("--kv-prefill", type=click.Choice(["exact", "bounded", "chunked"]), help="How prompts are read."),
 )
 
+cache_options = _group(
+    click.option(
+        "--cache-type-k", type=click.Choice(CACHE_TYPES), default="f16", show_default=True, help="Type of K rows."
+    ),
+    click.option(
+        "--cache-type-v",
+        type=click.Choice(CACHE_TYPES),
+        default="f16",
+        show_default=True,
+        help="Type of V rows; quantized ones turn flash attention on.",
+    ),
+)
+
 context_options = _group(
     click.option(
         "--ctx",
@@ -52,16 +65,7 @@ context_options = _group(
         metavar="N",
         help="Prompt tokens computed at once.",
     ),
-    click.option(
-        "--cache-type-k", type=click.Choice(CACHE_TYPES), default="f16", show_default=True, help="Type of K rows."
-    ),
-    click.option(
-        "--cache-type-v",
-        type=click.Choice(CACHE_TYPES),
-        default="f16",
-        show_default=True,
-        help="Type of V rows; quantized ones turn flash attention on.",
-    ),
+    cache_options,
 )
 
 device_options = _group(

@@ -14,7 +14,8 @@ from typing import Any
 
 _logger = logging.getLogger("ziggurat.runtime.llama_cpp")
 
-_INFO, _WARN, _ERROR, _CONT = 1, 2, 3, 5
+# enum ggml_log_level of ggml.h (llama_cpp's own table is off by one)
+_DEBUG, _INFO, _WARN, _ERROR, _CONT = 1, 2, 3, 4, 5
 # One step quieter than llama.cpp's own labels: what matters is raised as an exception with the reason in it.
 _PYTHON_LEVEL = {_INFO: logging.DEBUG, _WARN: logging.INFO, _ERROR: logging.INFO}
 
@@ -36,12 +37,13 @@ class LogRelay:
             *lines, self._partial = (self._partial + (text or b"").decode("utf-8", errors="replace")).split("\n")
             for line in filter(str.strip, lines):
                 for capture in self._captures:
-                    capture.append((self._level, line.rstrip()))
+                    if self._level != _DEBUG:
+                        capture.append((self._level, line.rstrip()))
                 _logger.log(_PYTHON_LEVEL.get(self._level, logging.DEBUG), "%s", line.rstrip())
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[list[tuple[int, str]]]:
-        """Collect the lines logged in this block, by any thread, as (level, line)."""
+        """Collect the lines above debug level logged in this block, by any thread, as (level, line)."""
         lines: list[tuple[int, str]] = []
         with self._lock:
             self._captures.append(lines)
@@ -58,5 +60,6 @@ def reason(lines: list[tuple[int, str]], fallback: str) -> str:
     errors = [line for level, line in lines if level == _ERROR]
     if not errors:
         return fallback
-    # "llama_model_load: error loading model: tensor 'x' …" -> "tensor 'x' …"
-    return re.sub(r"^\w+: ((error loading model|failed to initialize the context): )?", "", errors[0]).strip()
+    # "llama_model_load: error loading model: check_tensor: no tensor 'x'" -> "no tensor 'x'"
+    functions = r"^(\w+: )?((error loading model|failed to initialize the context): )?(\w+_\w+: )?"
+    return re.sub(functions, "", errors[0]).strip()

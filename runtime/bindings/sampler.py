@@ -23,6 +23,8 @@ class SamplerChain:
         params.no_perf = True
         self._chain = lib.llama_sampler_chain_init(params)
         self._free = weakref.finalize(self, lib.llama_sampler_free, self._chain)
+        # Not at exit: finalizers run latest first there, which would free the chain under an engine still sampling.
+        self._free.atexit = False
 
     def _add(self, sampler: Any) -> SamplerChain:
         self._lib.llama_sampler_chain_add(self._chain, sampler)
