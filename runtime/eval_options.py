@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
 from ziggurat.runtime.errors import InvalidRequestError
-from ziggurat.runtime.options import CACHE_TYPES
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+from ziggurat.runtime.options import cache_options, option_group
 
 FILE = click.Path(path_type=Path)
 DEFAULT_CTX = 512
 
 
-def _group(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-text_options = _group(
+text_options = option_group(
     click.option("--text", type=FILE, metavar="FILE", help="Measure perplexity on this UTF-8 text."),
     click.option(
         "--against",
@@ -39,7 +26,7 @@ text_options = _group(
     click.option("--chunks", type=click.IntRange(1), metavar="N", help="Use only the text's first N chunks."),
 )
 
-choices_options = _group(
+choices_options = option_group(
     click.option("--choices", type=FILE, metavar="FILE", help="Answer multiple-choice questions (JSON or JSONL)."),
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Use only the first N questions."),
     click.option(
@@ -50,7 +37,7 @@ choices_options = _group(
     click.option("--choices-items", is_flag=True, help="Write every question's scores into the JSON."),
 )
 
-needle_options = _group(
+needle_options = option_group(
     click.option("--needle", is_flag=True, help="Hide facts in long documents and ask for one."),
     click.option("--generate-needle", type=FILE, metavar="FILE", help="Write those documents as JSONL; ask nothing."),
     click.option("--needle-lengths", metavar="LIST", help="Tokens, as 512,2k; default: 512 to the trained context."),
@@ -83,7 +70,7 @@ needle_options = _group(
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Repeats the same documents."),
 )
 
-compute_options = _group(
+compute_options = option_group(
     click.option(
         "--ctx",
         type=click.IntRange(4),
@@ -96,12 +83,7 @@ compute_options = _group(
     click.option(
         "--ubatch", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Tokens computed at once."
     ),
-    click.option(
-        "--cache-type-k", type=click.Choice(CACHE_TYPES), default="f16", show_default=True, help="Type of K rows."
-    ),
-    click.option(
-        "--cache-type-v", type=click.Choice(CACHE_TYPES), default="f16", show_default=True, help="Type of V rows."
-    ),
+    cache_options,
 )
 
 

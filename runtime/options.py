@@ -16,7 +16,9 @@ KV_POLICIES = ("none", "pyramid", "snapkv", "streaming", "h2o", "tova", "keydiff
 KV_SCORES = ("snapkv", "h2o", "tova", "keydiff", "recent", "random")
 
 
-def _group(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+def option_group(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options to a command, in this order."""
+
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
@@ -25,7 +27,7 @@ def _group(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-kv_options = _group(
+kv_options = option_group(
     click.option("--kv-budget", metavar="ROWS|N%", help="Mean KV rows per layer and head to keep after a prompt."),
     click.option(
         "--kv-policy", type=click.Choice(KV_POLICIES), help="Preset of schedule and score; none keeps every row."
@@ -37,7 +39,7 @@ kv_options = _group(
     click.option("--kv-prefill", type=click.Choice(["exact", "bounded", "chunked"]), help="How prompts are read."),
 )
 
-cache_options = _group(
+cache_options = option_group(
     click.option(
         "--cache-type-k", type=click.Choice(CACHE_TYPES), default="f16", show_default=True, help="Type of K rows."
     ),
@@ -50,7 +52,7 @@ cache_options = _group(
     ),
 )
 
-context_options = _group(
+context_options = option_group(
     click.option(
         "--ctx",
         type=click.IntRange(1),
@@ -68,7 +70,7 @@ context_options = _group(
     cache_options,
 )
 
-device_options = _group(
+device_options = option_group(
     click.option(
         "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; default: the physical cores."
     ),
@@ -80,7 +82,7 @@ device_options = _group(
     ),
 )
 
-sampling_options = _group(
+sampling_options = option_group(
     click.option(
         "--temp", type=float, default=0.8, show_default=True, help="Temperature; 0 takes the likeliest token."
     ),

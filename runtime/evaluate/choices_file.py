@@ -72,7 +72,7 @@ def _items(path: Path) -> list[Any]:
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"{path}: is not valid JSON ({error})") from None
     items = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 items.append(json.loads(line))

@@ -124,29 +124,25 @@ class TextNeedles:
         self._vocab, self._wording, self._raw = vocab, wording, raw
         self._head, self._tail = frame
         self._answer_tokens = answer_tokens
-        self._filler = vocab.tokenize(filler, add_special=False, parse_special=False)
+        probe = vocab.tokenize("x", add_special=False, parse_special=False)
+        self._adds_space = vocab.detokenize(probe).startswith(" ")
+        self._filler = self._encode(filler, space=True)
         if len(self._filler) < 8:
             raise InvalidRequestError("the filler has fewer than 8 tokens; give a longer text")
         self._words = filler
         self._opens = self._sentence_starts()
-        self._starts = [index for index, opens in enumerate(self._opens) if opens]
-        probe = vocab.tokenize("x", add_special=False, parse_special=False)
-        self._adds_space = vocab.detokenize(probe).startswith(" ")
+        self._starts = [index for index, opens in enumerate(self._opens) if opens and self._is_word(index)]
 
     def _sentence_starts(self) -> list[bool]:
-        """Tell for every filler token whether a sentence starts there."""
+        """Tell for every filler token whether a sentence ended before it on the same line."""
         ends: dict[int, bool] = {}
         for token in set(self._filler):
             text = self._vocab.piece(token).decode("utf-8", errors="replace")
-            ends[token] = text.strip(" \"'\n").endswith((".", "!", "?"))
-        starts = [True] + [ends[token] for token in self._filler[:-1]]
-        blank = {t for t in ends if not self._vocab.piece(t).strip()}
-        for index in range(1, len(starts)):  # a line break after the full stop still belongs to it
-            if self._filler[index] in blank and starts[index]:
-                starts[index] = False
-                if index + 1 < len(starts):
-                    starts[index + 1] = True
-        return starts
+            ends[token] = text.rstrip(" \"'").endswith((".", "!", "?"))
+        return [True] + [ends[token] for token in self._filler[:-1]]
+
+    def _is_word(self, index: int) -> bool:
+        return b"\n" not in self._vocab.piece(self._filler[index])
 
     def _encode(self, text: str, *, space: bool) -> list[int]:
         """Tokenize text in the middle of a document; a SentencePiece vocabulary brings the space itself."""
@@ -197,19 +193,37 @@ class TextNeedles:
 
     def _scatter(self, rng: random.Random, room: int, sentences: Sequence[list[int]]) -> list[Piece]:
         """Return ``room`` tokens of filler from a random sentence on, with the other facts at random places."""
-        size, start = len(self._filler), rng.choice(self._starts)
-        pieces: list[Piece] = []
-        current: list[int] = []
-        for index in range(start, start + room):
-            if current and self._opens[index % size]:
-                pieces.append(Piece(current))
-                current = []
-            current.append(self._filler[index % size])
-        if current:
-            pieces.append(Piece(current))
-        for sentence in sentences:
-            pieces.insert(rng.randint(0, len(pieces)), Piece(sentence))
+        pieces = _shortened(self._whole_sentences(rng.choice(self._starts), room), room)
+        places = [index for index, piece in enumerate(pieces) if piece.opens] + [len(pieces)]
+        for at, sentence in sorted(((rng.choice(places), sentence) for sentence in sentences), reverse=True):
+            pieces.insert(at, Piece(sentence))
         return pieces
+
+    def _whole_sentences(self, start: int, room: int) -> list[list[int]]:
+        """Return sentences of filler from ``start`` on, around and around, until there are ``room`` tokens or more."""
+        size, index, count = len(self._filler), start, 0
+        pieces: list[list[int]] = []
+        while count < room or not self._opens[index % size]:
+            if not pieces or self._opens[index % size]:
+                pieces.append([])
+            pieces[-1].append(self._filler[index % size])
+            index, count = index + 1, count + 1
+        return pieces if room else []
+
+
+def _shortened(sentences: list[list[int]], room: int) -> list[Piece]:
+    """Cut the sentences to ``room`` tokens where it shows least: one in the middle loses its end."""
+    excess = sum(map(len, sentences)) - room
+    pieces = [Piece(sentence) for sentence in sentences]
+    middle = len(sentences) / 2
+    for index in sorted(range(len(sentences)), key=lambda index: abs(index - middle)):
+        if excess and len(sentences[index]) > excess:
+            pieces[index] = Piece(sentences[index][:-excess])
+            if index + 1 < len(pieces):  # nothing goes between the cut sentence and the next
+                pieces[index + 1] = Piece(sentences[index + 1], opens=False)
+            return pieces
+    flat = [token for sentence in sentences for token in sentence][:room]
+    return pieces if not excess else [Piece(flat)]
 
 
 class TokenNeedles:

@@ -21,7 +21,6 @@ from ziggurat.runtime.evaluate.logits_file import LLAMA_CPP_MAGIC, MAGIC, Logits
 from ziggurat.runtime.evaluate.monitor import Monitor
 from ziggurat.runtime.evaluate.scoring import Float32, log_softmax
 
-_CONVERT = "import sys; from ziggurat.runtime.cli import main; main(sys.argv[1:])"
 # lossless: every type a checkpoint is stored in has a GGUF type of the same name
 _TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -122,11 +121,12 @@ def as_gguf(folder: Path, announce: Callable[[str], None] = lambda _: None) -> I
     with tempfile.TemporaryDirectory(prefix="ziggurat-reference-") as place:
         target = Path(place) / "reference.gguf"
         announce(f"converting {folder} to a temporary {kind} GGUF as the reference")
-        command = [sys.executable, "-c", _CONVERT, "convert", str(folder), str(target), "--type", kind]
+        command = [sys.executable, "-m", "ziggurat.runtime", "convert", str(folder), str(target), "--type", kind]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode or not target.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
-            raise ZigguratError(f"--against {folder}: cannot be converted ({lines[-1].strip()})")
+            why = lines[-1].strip().removeprefix("ziggurat: error: ")
+            raise ZigguratError(f"--against {folder}: cannot be converted ({why})")
         yield target
 
 
