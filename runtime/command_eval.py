@@ -67,6 +67,9 @@ def _check(options: dict[str, Any]) -> None:
     for name, part in _NEEDS.items():
         if options[name] is not None and options[part] is None:
             raise InvalidRequestError(f"--{name.replace('_', '-')} belongs to --{part}, which is not given")
+    against = options["against"]
+    if against is not None and not against.exists():
+        raise InvalidRequestError(f"--against {against}: does not exist")
     for name in ("json_file", "plot", "save_logits", "generate_needle"):
         if options[name] is not None:
             check_target(options[name], "--" + name.replace("_file", "").replace("_", "-"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 _TEXT_ROWS = (
     ("perplexity", "perplexity", "{:.4f}"),
@@ -18,9 +20,10 @@ _TEXT_ROWS = (
 )
 
 
-def text_table(figures: dict[str, Any], title: str) -> Table:
+def text_table(figures: dict[str, Any], title: str) -> Group:
     """Return the figures of a text with their standard errors."""
-    table = _table(f"{title}: {figures['chunks']} chunks of {figures['n_ctx']}, {figures['tokens']:,} tokens scored")
+    head = f"{title}: {figures['chunks']} chunks of {figures['n_ctx']}, {figures['tokens']:,} tokens scored"
+    table = Table()
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("± standard error", justify="right")
@@ -29,12 +32,13 @@ def text_table(figures: dict[str, Any], title: str) -> Table:
             error = figures.get(f"{key}_se")
             shown = "" if error is None else form.replace("+", "").format(error)
             table.add_row(label, form.format(figures[key]), shown)
-    return table
+    return _titled(head, table)
 
 
-def choices_table(figures: dict[str, Any], title: str) -> Table:
+def choices_table(figures: dict[str, Any], title: str) -> Group:
     """Return the accuracies of a multiple-choice file."""
-    table = _table(f"{title}: {figures['items']:,} questions, {figures['chance']:.1%} by chance")
+    head = f"{title}: {figures['items']:,} questions, {figures['chance']:.1%} by chance"
+    table = Table()
     table.add_column("answer taken by")
     table.add_column("accuracy", justify="right")
     table.add_column("± standard error", justify="right")
@@ -44,24 +48,25 @@ def choices_table(figures: dict[str, Any], title: str) -> Table:
         ("accuracy_per_byte", "log-likelihood per byte"),
     ):
         table.add_row(label, f"{figures[key]:.2%}", f"{figures[key + '_se']:.2%}")
-    return table
+    return _titled(head, table)
 
 
-def needle_tables(figures: dict[str, Any]) -> list[Table]:
+def needle_tables(figures: dict[str, Any]) -> list[Group]:
     """Return one table of length by depth for each number of facts."""
     tables = []
     for grid in figures["grids"]:
         facts = "1 fact" if grid["facts"] == 1 else f"{grid['facts']} facts, one asked"
-        table = _table(f"retrieval, {facts}: {grid['accuracy']:.1%} of {grid['trials']} right")
+        head = f"retrieval, {facts}: {grid['accuracy']:.1%} of {grid['trials']} right"
+        table = Table()
         table.add_column("tokens", justify="right")
         for depth in grid["depths"]:
             table.add_column(f"{depth:.0%}", justify="right")
         table.add_column("all", justify="right", style="bold")
         for length, row, share in zip(grid["lengths"], grid["by_cell"], grid["by_length"], strict=True):
             table.add_row(f"{length:,}", *(f"{cell:.0%}" for cell in row), f"{share:.0%}")
-        tables.append(table)
+        tables.append(_titled(head, table))
     return tables
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold")
+def _titled(title: str, table: Table) -> Group:
+    return Group(Text(title, style="bold"), table)

@@ -83,7 +83,10 @@ def test_accuracies_by_hand() -> None:
         {"question": "q?", "choices": {"text": CHOICES, "label": ["A", "B", "C"]}, "answerKey": "B"},
         {"question": "q?", "choices": {"text": CHOICES, "label": ["1", "2", "3"]}, "answerKey": "2"},
         {
-            "question": {"stem": "q?", "choices": [{"text": c, "label": x} for c, x in zip(CHOICES, "ABC", strict=True)]},
+            "question": {
+                "stem": "q?",
+                "choices": [{"text": c, "label": x} for c, x in zip(CHOICES, "ABC", strict=True)],
+            },
             "answerKey": "B",
         },
         {

@@ -248,7 +248,10 @@ def test_a_file_of_another_vocabulary_is_refused(bpe_model: Model, spm_model: Mo
     chunks = cut(bpe_model.vocab, TEXT, 40, 4)
     with pytest.raises(InvalidRequestError, match="is of a vocabulary of"):
         evaluated(bpe_model, chunks, against=saved)
-    with LogitsFile(saved) as file, pytest.raises(InvalidRequestError, match=r"another vocabulary \(of the model other"):
+    with (
+        LogitsFile(saved) as file,
+        pytest.raises(InvalidRequestError, match=r"another vocabulary \(of the model other"),
+    ):
         file.check(cut(spm_model.vocab, TEXT, 40, 4), "different", spm_model.vocab.n_tokens)
 
 
