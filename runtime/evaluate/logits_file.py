@@ -2,9 +2,9 @@
 
 Layout (little-endian): the magic ``ZIGLOGP1``, the header's length (uint32), the header (JSON), the chunks' tokens
 (int32), then per chunk its rows and their CRC-32. A row is one scored position over the whole vocabulary in 16 bits:
-float32 ``step``, float32 ``top``, uint16 codes; a log-probability is top - step * code, so the likeliest token is
+float32 ``step``, ``top`` and ``target``, uint16 codes; a log-probability is top - step * code, so the likeliest token is
 exact and others are off by at most 24 / 65535 / 2 nats; what is less likely than top - 24 is taken as that, and counts
-as no probability mass. Rows are written and read in blocks, never held all at once. ``--kl-divergence-base`` files of
+as no probability mass. ``target`` is that of the text's own token, exact: perplexities lose nothing. Rows are written and read in blocks, never held all at once. ``--kl-divergence-base`` files of
 llama.cpp are read as well.
 """
 
@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
 from ziggurat.runtime.evaluate.chunks import Chunks, Step
@@ -54,15 +55,16 @@ class Header:
 
 
 def _row_type(n_vocab: int) -> np.dtype[Any]:
-    return np.dtype([("step", "<f4"), ("top", "<f4"), ("codes", "<u2", (n_vocab,))])
+    return np.dtype([("step", "<f4"), ("top", "<f4"), ("target", "<f4"), ("codes", "<u2", (n_vocab,))])
 
 
-def encode_rows(log_probs: Float32) -> bytes:
-    """Return rows of log-probabilities (rows, n_vocab) as they are stored."""
+def encode_rows(log_probs: Float32, targets: NDArray[np.int32]) -> bytes:
+    """Return rows of log-probabilities (rows, n_vocab) as they are stored; ``targets`` are the text's tokens (rows,)."""
     rows = np.empty(len(log_probs), _row_type(log_probs.shape[1]))
     top = log_probs.max(axis=1)
     step = np.minimum(top - log_probs.min(axis=1), RANGE) / _CODES
     rows["top"], rows["step"] = top, step
+    rows["target"] = log_probs[np.arange(len(targets)), targets]
     safe = np.where(step > 0, step, 1.0)[:, None].astype(np.float32)
     rows["codes"] = np.minimum(np.rint((top[:, None] - log_probs) / safe), _CODES).astype(np.uint16)
     return rows.tobytes()
@@ -97,13 +99,13 @@ class LogitsWriter:
     def _failed(self, error: OSError) -> ZigguratError:
         return ZigguratError(f"--save-logits {self._path}: cannot be written ({error.strerror or error})")
 
-    def write(self, log_probs: Float32) -> None:
-        """Append the rows that come next in the order of the chunks."""
+    def write(self, log_probs: Float32, targets: NDArray[np.int32]) -> None:
+        """Append the rows that come next in the order of the chunks, with the tokens they predict."""
         per_chunk, start = self._chunks.rows_per_chunk, 0
         try:
             while start < len(log_probs):
                 count = min(len(log_probs) - start, per_chunk - self._rows)
-                data = encode_rows(log_probs[start : start + count])
+                data = encode_rows(log_probs[start : start + count], targets[start : start + count])
                 self._file.write(data)
                 self._crc = zlib.crc32(data, self._crc)
                 self._rows, start = self._rows + count, start + count
@@ -223,16 +225,23 @@ class LogitsFile:
         """Return the log-probabilities of some of a step's rows, shape (rows, n_vocab)."""
         start, end = chunks.scored(step)
         per_step = end - start
-        pieces = []
+        pieces, targets = [], []
         row = part.start
         while row < part.stop:
             chunk, offset = step.chunk_start + row // per_step, row % per_step
             count = min(part.stop - row, per_step - offset)
             at = self._rows_at + chunk * self._chunk_bytes
             at += (start - chunks.first + offset) * self._type.itemsize
-            pieces.append(self._decode(np.frombuffer(self._map, self._type, count, at)))
+            stored = np.frombuffer(self._map, self._type, count, at)
+            pieces.append(self._decode(stored))
+            if not self.llama_cpp:
+                targets.append(stored["target"])
             row += count
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        result = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if not self.llama_cpp:
+            exact = np.concatenate(targets)
+            result[np.arange(len(result)), chunks.targets(step)[part]] = exact
+        return result
 
     def _decode(self, rows: Any) -> Float32:
         step, top = rows["step"][:, None], rows["top"][:, None]

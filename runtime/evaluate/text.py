@@ -104,7 +104,7 @@ def evaluate_text(
             parts += pool.map(part.score, len(part.targets), logits.shape[1])
             if writer is not None:
                 for block in row_blocks(len(part.targets), logits.shape[1]):
-                    writer.write(log_softmax(logits[block]))
+                    writer.write(log_softmax(logits[block]), part.targets[block])
         if step.end == chunks.n_ctx:
             monitor.report("perplexity", step.chunk_end, chunks.n_chunks)
     return TextResult(chunks, _joined(parts))
