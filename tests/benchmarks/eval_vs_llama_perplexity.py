@@ -43,17 +43,25 @@ def run(*command: object) -> str:
     return text
 
 
+def find(pattern: str, text: str) -> float:
+    """The number a pattern finds in a tool's output; ends with the output's last lines when there is none."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise SystemExit(f"nothing like {pattern!r} in: {text[-800:]}")
+    return float(match[1])
+
+
 def theirs(options: argparse.Namespace, base: Path) -> dict[str, float]:
     """What llama-perplexity finds; the base file stays."""
     tool = options.llama_cpp / "build/bin/llama-perplexity"
     common = ["-c", options.ctx, "-t", options.threads, "--kl-divergence-base", base]
     alone = run(tool, "-m", options.reference, "-f", options.text, "--chunks", options.chunks, *common)
     text = run(tool, "-m", options.model, *common, "--kl-divergence")
-    figures = {name: float(re.search(pattern, text)[1]) for name, pattern in PATTERNS.items()}  # type: ignore[index]
+    figures = {name: find(pattern, text) for name, pattern in PATTERNS.items()}
     figures["top1_agreement"] /= 100
     # what it prints beside the divergence is from 16 bits, cut off at 16 nats below the likeliest token
     figures["reference_perplexity_16_bits"] = figures["reference_perplexity"]
-    figures["reference_perplexity"] = float(re.search(r"Final estimate: PPL = ([\d.]+)", alone)[1])  # type: ignore[index]
+    figures["reference_perplexity"] = find(r"Final estimate: PPL = ([\d.]+)", alone)
     return figures
 
 
