@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ziggurat.runtime.errors import ZigguratError
+
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
@@ -31,9 +33,16 @@ class Estimate:
 
 
 def log_softmax(logits: Float32) -> Float32:
-    """Return log-probabilities of logits of shape (rows, n_vocab), float32; the sums are in float64."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    """Return log-probabilities of logits of shape (rows, n_vocab), float32; the sums are in float64.
+
+    Logits of -inf (tokens a model rules out) become -10000. Raises ZigguratError for logits that are no numbers.
+    """
+    with np.errstate(invalid="ignore"):
+        shifted = logits - logits.max(axis=1, keepdims=True)
+    np.maximum(shifted, -1e4, out=shifted)
     total = np.exp(shifted).sum(axis=1, dtype=np.float64, keepdims=True)
+    if not np.isfinite(total).all():
+        raise ZigguratError("the model computes logits that are no numbers: its file is damaged or a type overflows")
     result: Float32 = shifted - np.log(total).astype(np.float32)
     return result
 

@@ -9,7 +9,7 @@ import pytest
 
 from helpers import tiny_models
 from ziggurat.runtime.bindings import Context, ContextSettings, Model
-from ziggurat.runtime.errors import DecodeAborted, EngineClosedError, InvalidRequestError
+from ziggurat.runtime.errors import DecodeAborted, EngineClosedError, InvalidRequestError, ZigguratError
 from ziggurat.runtime.evaluate import scoring
 from ziggurat.runtime.evaluate.chunks import Chunks, Step, cut
 from ziggurat.runtime.evaluate.decoder import ChunkDecoder, DecodeSettings
@@ -150,6 +150,14 @@ def test_mean_and_errors() -> None:
     assert scoring.accuracy(1, 1) == scoring.Estimate(1.0, 0.0)
     huge = scoring.log_softmax(np.array([[1e30, 0.0]], np.float32))
     assert huge[0, 0] == 0.0
+
+
+def test_logits_that_are_no_numbers_are_refused_and_ruled_out_tokens_are_not() -> None:
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ZigguratError, match="no numbers"):
+            scoring.log_softmax(np.array([[0.0, bad, 1.0]], np.float32))
+    rows = scoring.log_softmax(np.array([[0.0, -np.inf]], np.float32))
+    assert scoring.score(rows, np.array([0], np.int32), rows).kld == 0.0
 
 
 def test_a_floor_leaves_mass_out() -> None:
