@@ -2,10 +2,10 @@
 
 Layout (little-endian): the magic ``ZIGLOGP1``, the header's length (uint32), the header (JSON), the chunks' tokens
 (int32), then per chunk its rows and their CRC-32. A row is one scored position over the whole vocabulary in 16 bits:
-float32 ``step``, ``top`` and ``target``, uint16 codes; a log-probability is top - step * code, so the likeliest token is
-exact and others are off by at most 24 / 65535 / 2 nats; what is less likely than top - 24 is taken as that, and counts
-as no probability mass. ``target`` is that of the text's own token, exact: perplexities lose nothing. Rows are written and read in blocks, never held all at once. ``--kl-divergence-base`` files of
-llama.cpp are read as well.
+float32 ``step``, ``top`` and ``target``, uint16 codes; a log-probability is top - step * code, so the likeliest token
+is exact and others are off by at most 24 / 65535 / 2 nats; what is less likely than top - 24 is taken as that, and
+counts as no probability mass. ``target`` is that of the text's own token, exact: perplexities lose nothing. Rows are
+written and read in blocks, never held all at once. ``--kl-divergence-base`` files of llama.cpp are read as well.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _row_type(n_vocab: int) -> np.dtype[Any]:
 
 
 def encode_rows(log_probs: Float32, targets: NDArray[np.int32]) -> bytes:
-    """Return rows of log-probabilities (rows, n_vocab) as they are stored; ``targets`` are the text's tokens (rows,)."""
+    """Return rows of log-probabilities (rows, n_vocab) as they are stored; ``targets`` (rows,) are the text's tokens."""
     rows = np.empty(len(log_probs), _row_type(log_probs.shape[1]))
     top = log_probs.max(axis=1)
     step = np.minimum(top - log_probs.min(axis=1), RANGE) / _CODES
