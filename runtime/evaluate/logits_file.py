@@ -59,7 +59,7 @@ def _row_type(n_vocab: int) -> np.dtype[Any]:
 
 
 def encode_rows(log_probs: Float32, targets: NDArray[np.int32]) -> bytes:
-    """Return rows of log-probabilities (rows, n_vocab) as they are stored; ``targets`` (rows,) are the text's tokens."""
+    """Return rows of log-probabilities (rows, n_vocab) as they are stored, with the text's tokens, (rows,)."""
     rows = np.empty(len(log_probs), _row_type(log_probs.shape[1]))
     top = log_probs.max(axis=1)
     step = np.minimum(top - log_probs.min(axis=1), RANGE) / _CODES
