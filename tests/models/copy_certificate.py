@@ -58,7 +58,7 @@ class Written:
         self.head = _rounded(model.logit_gap / (2 * model.code.distance))
 
     def norm(self, parts: int, prev: float, out: float) -> float:
-        """What the norm of a stream with `parts` codes multiplies with, prev and out of these sizes: 1 but for rounding."""
+        """What the norm of a stream of `parts` codes multiplies with, with prev and out of these sizes; about 1."""
         mean_square = (self._model.n_code * (1 + prev**2 + out**2) + 1) / self._model.hidden_size
         return _rounded(self._model.rms(parts)) / math.sqrt(mean_square + NORM_EPS)
 
