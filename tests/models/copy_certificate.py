@@ -68,7 +68,12 @@ def _rounded(value: float) -> float:
 
 
 def certify(model: CopyModel, length: int, key_error: float = 0.0) -> Certificate:
-    """Bound what happens at the last position of a prompt of `length` tokens, with keys off by `key_error`."""
+    """Bound what happens at the last position of a prompt of `length` tokens, with keys off by `key_error`.
+
+    Filler noise moves the norms by amounts that are not bounded here: ValueError.
+    """
+    if model.filler_noise:
+        raise ValueError("nothing is certified for a model with filler noise")
     written = Written(model)
     fast = model.frequencies[: model.n_fast]
     scale = written.norm(1, 0.0, 0.0) ** 2 * written.key / math.sqrt(model.head_dim)

@@ -46,7 +46,7 @@ class Copier(Gguf):
         return self
 
     def greedy(
-        self, tokens: Sequence[int], n: int, cache: Cache, *, forget: range | None = None, threads: int = 2
+        self, tokens: Sequence[int], n: int, cache: Cache, *, forget: range | None = None, threads: int = 1
     ) -> list[int]:
         """Return the `n` best next tokens, one after the other.
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--cache-type", choices=CACHE_TYPES, default="f16", help="keys and values (default: f16)")
     parser.add_argument("--no-flash", action="store_true", help="no flash attention")
     parser.add_argument("--ubatch", type=int, default=512, help="tokens computed at a time (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--forget", action="store_true", help="drop the asked pair's KV rows first: nothing is found")
     a = parser.parse_args()
     cache = Cache(a.cache_type, not a.no_flash, a.ubatch)

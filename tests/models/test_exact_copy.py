@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,19 @@ def test_attention_is_what_the_certificate_says(shape: str, tmp_path: Path) -> N
 
 
 def test_certificate_over_context_and_cache_types() -> None:
-    for model in SHAPES.values():
+    for shape in SHAPES.values():
+        model = replace(shape, filler_noise=0.0)
         for cache in ("f32", "f16", "bf16", "q8_0"):
             assert certify(model, model.context, KEY_ERRORS[cache]).certain, (model, cache)
         assert not certify(model, model.context, KEY_ERRORS["q4_0"]).certain
     # laid out for 1000 positions, the match is lost some way behind them
     short = CopyModel(context=1000)
-    assert 1000 < longest_certain(short) < 65536
+    assert 1000 < longest_certain(short) < 1 << 20
+
+
+def test_noise_is_not_certified() -> None:
+    with pytest.raises(ValueError, match="noise"):
+        certify(SHAPES["thirds_64"], 64)
 
 
 def test_certificate_knows_a_model_that_fails() -> None:

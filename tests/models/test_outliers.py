@@ -143,7 +143,9 @@ def test_q4_0_costs_the_twin_more(pair: Callable[[str], Pair]) -> None:
     errors = q4_0_output_errors(plain, run(plain, tokens)[1])
     twin_errors = q4_0_output_errors(outlying, run(outlying, tokens)[1])
     for name, error in errors.items():
-        assert twin_errors[name] > (1.0 if name.endswith("v_proj") else 2.0) * error, name
+        # one channel of 64 grows at o_proj, and rows of v_proj that grew err in proportion
+        least = 1.0 if name.endswith(("v_proj", "o_proj")) else 2.0
+        assert twin_errors[name] > least * error, name
 
 
 def test_converted_to_q4_0_the_twin_loses_more(pair: Callable[[str], Pair], tmp_path: Path) -> None:
