@@ -10,7 +10,8 @@ The scores are computed in F64 from the weights as they are written (bf16 values
 
 A cache of fewer bits is covered by `key_error`: the largest error of a stored key's element, relative to the largest
 one in its block (F16 2^-11, BF16 2^-8, Q8_0 about 1/254). Kernels that read such a cache round the query likewise.
-Softmax, sums and F16 accumulation are not modelled: they err by less than 0.1 nat where the margins are tens of nats.
+Not modelled: RoPE's F32 angles (measured: at most 0.0026 rad off at 65 536 positions, which costs 0.03 nats of 32, and
+0.041 rad or 0.24 nats at a million), the rounding of sums, and values' rounding, which is the same for every token.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ def main() -> None:
     known = {field.name for field in fields(CopyModel)}
     try:
         model = CopyModel(**{name: value for name, value in options.items() if name in known})
+        if kind == ("bf16" if out.suffix == ".gguf" else "f16"):
+            raise ValueError(f"{out.name} cannot be {kind}: a GGUF takes f32 or f16 here, a folder f32 or bf16")
         if out.suffix == ".gguf":
             write_gguf(model, out, kind)
         else:

@@ -136,7 +136,9 @@ def main() -> None:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(control.config.vocab_size, (a.tokens,), generator=generator).tolist()
     else:
-        tokens = transformers.AutoTokenizer.from_pretrained(a.model)(a.text.read_text()).input_ids[: a.tokens]
+        tokens = transformers.AutoTokenizer.from_pretrained(a.model)(
+            a.text.read_text(), truncation=True, max_length=a.tokens
+        ).input_ids
     (logits, inputs), (twin_logits, twin_inputs) = run(control, tokens), run(twin, tokens)
     print(f"{len(tokens)} tokens; NMSE of the twin's logits: {nmse(twin_logits, logits):.1e}")
     for label, folder in (("control", a.model), ("twin", a.twin)):
