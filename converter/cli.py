@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -119,6 +120,8 @@ def _signals_as_exceptions() -> Iterator[None]:
 
 
 def _quiet_libraries(*, verbose: bool) -> None:
+    """Libraries neither talk to the user nor report to anyone; comes before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr
     )
@@ -126,7 +129,10 @@ def _quiet_libraries(*, verbose: bool) -> None:
         return
     logging.getLogger("ziggurat").setLevel(logging.WARNING)
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
+    import huggingface_hub  # noqa: F401 - it sets its own level when it is imported
     import transformers
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry, with page-long addresses
 
     transformers.logging.set_verbosity_error()
 

@@ -89,7 +89,7 @@ def convert(
     importance = None if settings.imatrix is None else read_imatrix(settings.imatrix)
 
     base = settings.type if settings.type in recipes.FLOAT_TYPES else "bf16"
-    plan = upstream.plan(checkpoint, base, pre=settings.pre, name=settings.name)
+    plan = upstream.plan(checkpoint, base, pre=settings.pre, name=settings.name, called=hub.called(model))
     types = recipes.choose(plan, settings.type, imatrix=importance)
     _check_importance(plan, importance)
     threads = settings.threads or len(os.sched_getaffinity(0))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,14 +73,17 @@ class Plan:
         )
 
 
-def plan(checkpoint: Checkpoint, base: str, *, pre: str | None = None, name: str | None = None) -> Plan:
+def plan(
+    checkpoint: Checkpoint, base: str, *, pre: str | None = None, name: str | None = None, called: str | None = None
+) -> Plan:
     """Map a checkpoint to GGUF: metadata, vocabulary and lazy tensors in llama.cpp's order.
 
     Args:
         checkpoint: an opened checkpoint.
         base: type of the matrices in an unquantized file: "f32", "f16" or "bf16".
         pre: pre-tokenizer name to write instead of the recognized one.
-        name: the model's name in the metadata; default: from the model card or the folder.
+        name: the model's name in the metadata; default: from the model card, the configuration or `called`.
+        called: what people call the model; default: the name of its folder.
 
     Raises:
         UnsupportedModelError: upstream does not know the architecture, or fails on this checkpoint.
@@ -113,7 +118,11 @@ def plan(checkpoint: Checkpoint, base: str, *, pre: str | None = None, name: str
             if tensor_name not in known:
                 shape = tuple(int(n) for n in info.shape)
                 tensors.append(PlannedTensor(tensor_name, shape, int(info.dtype), _loader(gguf, info.tensor)))
-    with _translated(checkpoint, "its metadata or vocabulary"):
+    with (
+        _translated(checkpoint, "its metadata or vocabulary"),
+        _model_card(checkpoint.folder, called or Path(os.path.abspath(checkpoint.folder)).name, gguf) as card,
+    ):
+        model.dir_model_card = card
         model.prepare_metadata(vocab_only=False)
     tensors.sort(key=lambda t: _file_order(t.name))
     return Plan(gguf.MODEL_ARCH_NAMES[model.model_arch], dict(model.gguf_writer.kv_data[0]), tensors)
@@ -166,6 +175,24 @@ def _complete(hparams: dict[str, Any]) -> dict[str, Any]:
     if hparams.get("model_type") == "gpt2" and "n_ctx" not in hparams:
         return {**hparams, "n_ctx": hparams["n_positions"]}
     return hparams
+
+
+@contextmanager
+def _model_card(folder: Path, called: str, gguf: Any) -> Iterator[Path | None]:
+    """The folder upstream takes name, version, size and licence from; its name counts: it has to be `called` so.
+
+    None if the model card cannot be read, which is no reason not to convert.
+    """
+    try:
+        gguf.Metadata.load_model_card(folder)
+    except Exception as e:  # written by hand: not UTF-8, or anything that yaml raises
+        logger.warning("%s is left aside, it cannot be read: %s", folder / "README.md", _first_line(e))
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / (called or "model")
+        link.symlink_to(os.path.abspath(folder), target_is_directory=True)
+        yield link
 
 
 @contextmanager
