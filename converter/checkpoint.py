@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ziggurat.converter import prequantized
 from ziggurat.converter.errors import CheckpointError, TokenizerError, UnsupportedModelError
 
 # Bytes per element of the safetensors types; names as in the safetensors format description.
@@ -23,9 +24,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
-
-# What the `conversion` package of llama.cpp can turn back into floats.
-DEQUANTIZABLE = ("bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ def open_checkpoint(folder: Path, *, ignore_code: bool = False) -> Checkpoint:
         raise CheckpointError(f"{folder / 'config.json'} does not hold a JSON object: copy the file again")
     if not ignore_code:
         _refuse_custom_code(folder, config)
-    _refuse_unknown_quantization(folder, config)
     tensors = _tensor_table(folder)
+    prequantized.refuse_unknown(folder, config, tensors)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TokenizerError(
             f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the model's tokenizer files there"
@@ -126,23 +124,6 @@ def _refuse_custom_code(folder: Path, config: dict[str, Any]) -> None:
                 f"{folder / name} asks for code of its own (auto_map), which is never run here: if the architecture is "
                 "also part of transformers, --ignore-code converts it as such; else use another checkpoint"
             )
-
-
-def _refuse_unknown_quantization(folder: Path, config: dict[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return
-    method = quantization.get("quant_method")
-    if method not in DEQUANTIZABLE:
-        raise UnsupportedModelError(
-            f"{folder} is quantized with {method!r}, which cannot be turned back into floats here "
-            f"(possible: {', '.join(DEQUANTIZABLE)}): convert the original checkpoint"
-        )
-    if method == "gptq" and quantization.get("bits") not in (2, 4, 8):
-        raise UnsupportedModelError(
-            f"{folder} is quantized with 'gptq' at {quantization.get('bits')} bits, which cannot be turned back into "
-            "floats here (possible: 2, 4, 8): convert the original checkpoint"
-        )
 
 
 def _tensor_table(folder: Path) -> dict[str, TensorInfo]:

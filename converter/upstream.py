@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def plan(
         def sink(tensor_name: str, data: Any, qtype: Any) -> None:
             shape = tuple(int(n) for n in data.shape)
             model.gguf_writer.add_tensor_info(tensor_name, shape, np.dtype(np.float32), 0, raw_dtype=qtype)
-            tensors.append(PlannedTensor(tensor_name, shape, int(qtype), _loader(gguf, data, qtype)))
+            tensors.append(PlannedTensor(tensor_name, shape, int(qtype), _loader(gguf, tensor_name, data, qtype)))
 
         model.tensor_sink = sink
         model.prepare_tensors()
@@ -116,8 +117,8 @@ def plan(
     for part in model.gguf_writer.tensors:  # tensors that upstream repacks itself, with their final type
         for tensor_name, info in part.items():
             if tensor_name not in known:
-                shape = tuple(int(n) for n in info.shape)
-                tensors.append(PlannedTensor(tensor_name, shape, int(info.dtype), _loader(gguf, info.tensor)))
+                shape, load = tuple(int(n) for n in info.shape), _loader(gguf, tensor_name, info.tensor)
+                tensors.append(PlannedTensor(tensor_name, shape, int(info.dtype), load))
     with (
         _translated(checkpoint, "its metadata or vocabulary"),
         _model_card(checkpoint.folder, called or Path(os.path.abspath(checkpoint.folder)).name, gguf) as card,
@@ -214,24 +215,32 @@ def _translated(checkpoint: Checkpoint, what: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
+    if not text and isinstance(error, AssertionError):  # what it asserted is all there is to tell
+        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-def _loader(gguf: Any, data: Any, qtype: Any = None) -> Callable[[], npt.NDArray[Any]]:
+def _loader(gguf: Any, name: str, data: Any, qtype: Any = None) -> Callable[[], npt.NDArray[Any]]:
     """A function that reads a lazy tensor once; the upstream graph that computes it is let go with it.
 
     Upstream's lazy tensors keep every result they computed, so whoever kept them would end with the whole model in
-    memory.
+    memory. What upstream raises while it computes becomes an UnsupportedModelError.
     """
     types = gguf.GGMLQuantizationType
     graph = [data if qtype in (None, types.F32, types.F16, types.BF16) else gguf.quants.quantize(data, qtype)]
 
     def load() -> npt.NDArray[Any]:
         lazy = graph.pop()
-        if isinstance(lazy, gguf.LazyChunkedTensor):
-            chunks: npt.NDArray[Any] = np.concatenate([np.asarray(chunk()) for chunk in lazy._chunks])
-            return chunks.reshape(tuple(lazy.shape))
-        return cast("npt.NDArray[Any]", gguf.LazyNumpyTensor.to_eager(lazy))
+        try:
+            if isinstance(lazy, gguf.LazyChunkedTensor):
+                chunks: npt.NDArray[Any] = np.concatenate([np.asarray(chunk()) for chunk in lazy._chunks])
+                return chunks.reshape(tuple(lazy.shape))
+            return cast("npt.NDArray[Any]", gguf.LazyNumpyTensor.to_eager(lazy))
+        except MemoryError:
+            raise
+        except Exception as e:
+            logger.debug("upstream's converter failed", exc_info=True)
+            raise UnsupportedModelError(f"llama.cpp's converter cannot compute {name}: {_first_line(e)}") from e
 
     return load
 
