@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,9 @@ def convert(  # noqa: PLR0913 - one parameter per option
     console = Console(stderr=True, highlight=False)
     if imatrix is not None and no_imatrix:
         raise click.UsageError("--imatrix and --no-imatrix exclude each other")
-    with _errors_as_lines(console, debug=debug), _signals_as_exceptions():
+    with _errors_as_lines(console, debug=debug), _signals_as_exceptions(), warnings.catch_warnings():
+        if not verbose:
+            warnings.simplefilter("ignore")  # libraries warn their users, the programmers, not ours
         from ziggurat.converter.pipeline import ConvertSettings
         from ziggurat.converter.pipeline import convert as run
 

@@ -39,7 +39,8 @@ def resolve(model: str | Path) -> Path:
 def called(model: str | Path) -> str:
     """What people call the model: the folder's name or the repository's, whose snapshots are named by commit."""
     match = HUB_ID.fullmatch(str(model))
-    return match["name"] if match is not None and not Path(model).exists() else Path(os.path.abspath(model)).name
+    name = match["name"] if match is not None and not Path(model).exists() else Path(os.path.abspath(model)).name
+    return name.encode(errors="replace").decode()  # a folder's name may be no text, the one in a GGUF has to be
 
 
 def _download(repo: str, revision: str | None) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -119,6 +120,7 @@ def plan(
             if tensor_name not in known:
                 shape, load = tuple(int(n) for n in info.shape), _loader(gguf, tensor_name, info.tensor)
                 tensors.append(PlannedTensor(tensor_name, shape, int(info.dtype), load))
+    pretokenizer.read_tokenizer_json(checkpoint.folder)  # transformers' own words on a damaged file do not name it
     with (
         _translated(checkpoint, "its metadata or vocabulary"),
         _model_card(checkpoint.folder, called or Path(os.path.abspath(checkpoint.folder)).name, gguf) as card,
@@ -207,6 +209,16 @@ def _translated(checkpoint: Checkpoint, what: str) -> Iterator[None]:
         raise TokenizerError(f"{checkpoint.folder}: {what} cannot be read: {_first_line(e)}") from e
     except Exception as e:  # upstream raises anything from AssertionError to KeyError
         logger.debug("upstream's converter failed", exc_info=True)
+        if "< vocab_size" in _first_line(e):
+            raise TokenizerError(
+                f"{checkpoint.folder}: the tokenizer has more tokens than the vocab_size in config.json: the two "
+                "do not belong together"
+            ) from e
+        if unmapped := re.search(r"Can not map tensor '(.*)'", str(e)):
+            raise UnsupportedModelError(
+                f"{checkpoint.folder}: llama.cpp has no place for tensor {unmapped[1]} in {checkpoint.architecture}: "
+                "either config.json (number of layers?) is not of these weights, or the model is not built like this"
+            ) from e
         raise UnsupportedModelError(
             f"{checkpoint.folder}: llama.cpp's converter for {checkpoint.architecture} cannot handle {what}: "
             f"{_first_line(e)}"
@@ -217,7 +229,9 @@ def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     if not text and isinstance(error, AssertionError):  # what it asserted is all there is to tell
         text = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _loader(gguf: Any, name: str, data: Any, qtype: Any = None) -> Callable[[], npt.NDArray[Any]]:
