@@ -32,6 +32,8 @@ def check_target(path: Path, *, force: bool) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise OutputError(f"{folder} does not exist: create it, or choose another place for {path.name}")
+    if not folder.stat().st_mode & 0o222:  # root could, but a folder that nobody may write is closed on purpose
+        raise OutputError(f"{folder} is read-only: choose another place for {path.name}")
     probe = _partial_name(path)
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))
@@ -95,8 +97,8 @@ class GGUFFile:
         free = shutil.disk_usage(self.path.absolute().parent).free
         if free < self.data_bytes:
             raise OutputError(
-                f"{self.path.absolute().parent} has {free / 1e9:.2f} GB free, {self.path.name} needs "
-                f"{self.data_bytes / 1e9:.2f} GB: make room or choose another place"
+                f"{self.path.absolute().parent} has {free / 1e6:.1f} MB free, {self.path.name} needs "
+                f"{self.data_bytes / 1e6:.1f} MB: make room or choose another place"
             )
         try:
             writer = gguf.GGUFWriter(path=None, arch=self._arch)
@@ -181,7 +183,7 @@ class GGUFFile:
 
     def _write_error(self, error: OSError) -> OutputError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutputError(f"no space left for {self.path} ({self.data_bytes / 1e9:.2f} GB): make room, try again")
+            return OutputError(f"no space left for {self.path} ({self.data_bytes / 1e6:.1f} MB): make room, try again")
         return OutputError(f"{self.path} cannot be written ({error.strerror or error}): choose another place")
 
 

@@ -358,8 +358,14 @@ def test_output_is_a_folder(folder: Path, tmp_path: Path) -> None:
     refused(run(folder, tmp_path), "is a folder")
 
 
-def test_output_on_a_read_only_file_system(folder: Path) -> None:
-    refused(run(folder, "/proc/out.gguf"), "cannot be written")
+def test_output_folder_read_only(folder: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    refused(run(folder, closed / "out.gguf"), "read-only")
+
+
+def test_output_on_a_file_system_that_takes_no_files(folder: Path) -> None:
+    refused(run(folder, "/proc/self/task/out.gguf"), "/proc/self/task")
 
 
 def test_too_little_space_is_seen_before_the_work(
@@ -367,7 +373,7 @@ def test_too_little_space_is_seen_before_the_work(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    refused(run(folder, tmp_path / "out.gguf"), "GB free", "make room")
+    refused(run(folder, tmp_path / "out.gguf"), "MB free", "make room")
 
 
 def test_unknown_type(folder: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def _one_line() -> Iterator[None]:
 
 
 def get_requires_for_build_wheel(config_settings: ConfigSettings | None = None) -> list[str]:
-    """cmake and ninja, where the machine has none."""
+    """Ask for cmake and ninja, where the machine has none."""
     with _one_line():
         return build.requirements(config_settings)
 

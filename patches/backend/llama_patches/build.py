@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import shlex
 import shutil
 import tarfile
 import tempfile
@@ -24,8 +26,6 @@ PATCHES = Path(__file__).resolve().parents[2]
 # Upstream installs its libraries and headers a second time at the top of site-packages, where nothing looks for them,
 # and each library under three names, of which the loader asks for two.
 EXCLUDED = ("/lib/", "/include/", "/bin/", "/llama_cpp/lib/*.so.*.*.*")
-
-LAUNCHERS = ("C", "CXX", "CUDA")
 
 
 def wheel(wheel_directory: str, config: ConfigSettings | None) -> str:
@@ -132,11 +132,14 @@ def _environment(settings: Settings, toolchain: Toolchain, tree: Path) -> Iterat
     before = dict(os.environ)
     arguments = settings.all_cmake_args()
     if (ccache := shutil.which("ccache")) is not None:
-        for language in LAUNCHERS:
+        for language in ("C", "CXX", "CUDA") if settings.cuda else ("C", "CXX"):
             if f"CMAKE_{language}_COMPILER_LAUNCHER" not in os.environ:
-                arguments = f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache} {arguments}"
+                arguments = f"-DCMAKE_{language}_COMPILER_LAUNCHER={shlex.quote(ccache)} {arguments}"
         # the folder's name is another one each time
         os.environ.update(CCACHE_BASEDIR=str(tree.parent), CCACHE_NOHASHDIR="true")
+        if settings.cpu == "native":
+            # ccache takes -march=native for the same flag on every machine, and its cache may be carried to another one
+            os.environ.setdefault("CCACHE_NAMESPACE", hashlib.sha256(cpu_identity().encode()).hexdigest()[:16])
     os.environ["CMAKE_ARGS"] = arguments
     if toolchain.nvcc is not None:
         os.environ["CUDACXX"] = toolchain.nvcc

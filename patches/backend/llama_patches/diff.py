@@ -1,4 +1,4 @@
-"""Unified diffs, applied strictly: every line must match at the line that the hunk states, with no fuzz and no offset."""
+"""Unified diffs, applied strictly: every line must match where the hunk says, with no fuzz and no offset."""
 
 from __future__ import annotations
 

@@ -38,14 +38,13 @@ def source_digest(folder: Path) -> str:
     Raises:
         BuildError: one of the files is missing.
     """
-    names = ["pin.json", "upstream.sha256", *series_names(folder)]
-    names += sorted(f"src/{path.name}" for path in (folder / "src").iterdir() if path.is_file())
-    return _digest({name: _read(folder / name) for name in names})
+    series = series_names(folder)
+    names = ["pin.json", "upstream.sha256", *series]
+    names += (f"src/{path.name}" for path in (folder / "src").iterdir() if path.is_file())
+    return _digest({"order": "\n".join(series).encode()} | {name: _read(folder / name) for name in names})
 
 
-def key(
-    folder: Path, settings: Settings, toolchain: Toolchain, cpu: str, environment: Mapping[str, str]
-) -> str:
+def key(folder: Path, settings: Settings, toolchain: Toolchain, cpu: str, environment: Mapping[str, str]) -> str:
     """The key under which a wheel is kept: a hex digest over everything that may change what is in it.
 
     Args:

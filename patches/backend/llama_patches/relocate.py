@@ -39,6 +39,8 @@ def relocate(tree: Path) -> None:
                 text = rewrite(path.read_text(encoding="utf-8"), str(source / path.name))
                 (target / path.name).write_text(text, encoding="utf-8")
         shutil.copyfile(tree / LLAMA_CPP / "LICENSE", target / "LICENSE")
+        if (marker := tree / source / "py.typed").exists():
+            shutil.copyfile(marker, target / "py.typed")
     # conversion finds these two folders above itself
     templates = package / "models" / "templates"
     shutil.rmtree(templates, ignore_errors=True)
@@ -76,16 +78,19 @@ def check(text: str, name: str) -> None:
         BuildError: something does; the message names file and line.
     """
     for node in ast.walk(ast.parse(text, name)):
-        modules: list[str] = []
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            modules = [node.module or ""]
-        elif isinstance(node, ast.Call) and node.args and _called(node.func) in ("__import__", "import_module"):
-            modules = [_leading_text(node.args[0])]
-        for module in modules:
+        for module in _imported(node):
             if _moved(module):
-                raise BuildError(f"{name}:{node.lineno}: still imports {module} by its old name")
+                raise BuildError(f"{name}:{getattr(node, 'lineno', 0)}: still imports {module} by its old name")
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.level == 0:
+        return [node.module or ""]
+    if isinstance(node, ast.Call) and node.args and _called(node.func) in ("__import__", "import_module"):
+        return [_leading_text(node.args[0])]
+    return []
 
 
 def _rewrite_import(lines: list[str], node: ast.Import, name: str) -> None:

@@ -14,9 +14,10 @@ FIELD = re.compile(r"([A-Z][A-Za-z -]*): *(.*)")
 
 @dataclass(frozen=True)
 class Patch:
-    """One patch file. `header` is the text before the first diff, `fields` what it states (DEP-3)."""
+    """One patch file. `header` is the part of `text` before the first diff, `fields` what it states (DEP-3)."""
 
     name: str
+    text: str
     header: str
     fields: dict[str, str]
     diffs: tuple[diff.FileDiff, ...]
@@ -67,7 +68,7 @@ def read_patch(name: str, text: str) -> Patch:
             fields[last] = match[2]
         elif line.startswith(" ") and last:
             fields[last] += "\n" + line.strip()
-    return Patch(name, header, fields, diff.parse(name, text))
+    return Patch(name, text, header, fields, diff.parse(name, text))
 
 
 def apply_series(patches: tuple[Patch, ...], root: Path) -> int:

@@ -81,7 +81,8 @@ def store(source: Path, target: Path) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise BuildError(f"cannot write {target}: {error.strerror}; ZIGGURAT_WHEEL_CACHE names another folder") from error
+        next_step = "ZIGGURAT_WHEEL_CACHE names another folder"
+        raise BuildError(f"cannot write {target}: {error.strerror}; {next_step}") from error
 
 
 def _download(pin: Pin, folder: Path) -> None:

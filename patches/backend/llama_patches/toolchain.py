@@ -39,9 +39,10 @@ class Toolchain:
         cxx = _first(environment.get("CXX"), ("c++", "g++", "clang++"), path)
         cc = _first(environment.get("CC"), ("cc", "gcc", "clang"), path)
         if cxx is None or cc is None:
-            wanted = environment.get("CXX" if cxx is None else "CC")
-            which = f"the compiler {wanted} was" if wanted else "no C++ compiler was" if cxx is None else "no C compiler was"
-            install = INSTALL.get(sys.platform, "a C++17 compiler")
+            language, variable = ("C++", "CXX") if cxx is None else ("C", "CC")
+            chosen = environment.get(variable)
+            which = f"the {language} compiler {chosen} was not" if chosen else f"no {language} compiler was"
+            install = INSTALL.get(sys.platform, "your system's packages")
             raise BuildError(f"{which} found, and llama.cpp is built from source: install one with {install}")
         nvcc = _find_nvcc(environment) if cuda else None
         return cls({tool: _version(tool) for tool in (cc, cxx, *([nvcc] if nvcc else []))}, nvcc)

@@ -1,0 +1,204 @@
+"""A context: the KV cache of some sequences, and the decoding of batches into it."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from ziggurat.runtime.bindings import library
+from ziggurat.runtime.bindings.abort import AbortFlag
+from ziggurat.runtime.bindings.batch import Batch
+from ziggurat.runtime.bindings.log import reason
+from ziggurat.runtime.bindings.model import Model
+from ziggurat.runtime.errors import ContextError, DecodeAborted, DecodeError, EngineClosedError, InvalidRequestError
+
+#: ggml type ids of the KV row types the library has attention kernels for everywhere.
+CACHE_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
+#: What ``ContextSettings.flash_attention`` may be; auto takes it where the device supports it.
+FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+_MAX_CTX = 2**31 - 1024
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """How a context is made.
+
+    ``n_ctx`` is the number of KV rows **per sequence** (never divided by ``n_seq_max``; the library rounds it up to a
+    multiple of 256). ``n_batch`` bounds a batch, ``n_ubatch`` what is computed at once; both in tokens. ``type_k`` and
+    ``type_v`` are keys of ``CACHE_TYPES``. ``n_threads`` computes single tokens, ``n_threads_batch`` (default: the
+    same) prompts. ``swa_full`` keeps whole-context rows in sliding-window layers as well.
+    """
+
+    n_ctx: int
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_seq_max: int = 1
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attention: str = "auto"
+    n_threads: int = 4
+    n_threads_batch: int | None = None
+    swa_full: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads"):
+            if getattr(self, name) < 1:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_ctx * self.n_seq_max > _MAX_CTX:
+            raise InvalidRequestError(f"a context of {self.n_ctx} x {self.n_seq_max} rows is beyond {_MAX_CTX}")
+        for name in (self.type_k, self.type_v):
+            if name not in CACHE_TYPES:
+                raise InvalidRequestError(f"cache type {name!r} is unknown; take one of {', '.join(CACHE_TYPES)}")
+        if self.flash_attention not in FLASH_ATTENTION:
+            raise InvalidRequestError(f"flash attention is auto, on or off, not {self.flash_attention!r}")
+        if self.flash_attention == "off" and self.type_v not in ("f16", "bf16"):
+            raise InvalidRequestError(
+                f"cache type {self.type_v} for V needs flash attention; turn it on or keep V in f16"
+            )
+
+
+class Context:
+    """The KV cache of ``n_seq_max`` sequences of one model. One thread at a time may use it.
+
+    ``abort`` may be set from any other thread: the batch being computed ends with DecodeAborted (on the CPU within a
+    graph node, on a GPU after the batch). ``log_lines`` are what the library reported while making it.
+    """
+
+    def __init__(self, model: Model, settings: ContextSettings) -> None:
+        lib = self._lib = library.api()
+        self.model = model  # the context must not outlive it
+        self.settings = settings
+        self.abort = AbortFlag()
+        params = lib.llama_context_default_params()
+        _fill(params, settings)
+        params.abort_callback = ctypes.cast(self.abort.function, lib.ggml_abort_callback)
+        params.abort_callback_data = self.abort.address
+        with library.log.capture() as lines:
+            handle = lib.llama_init_from_model(model.handle, params)
+        self.log_lines = tuple(line for _, line in lines)
+        if not handle:
+            raise ContextError(f"no context of {settings.n_ctx} rows: {reason(lines, 'not enough memory?')}")
+        self._handle: Any = handle
+        self._free = weakref.finalize(self, lib.llama_free, handle)
+        self._memory = lib.llama_get_memory(handle)
+        self._outputs: frozenset[int] = frozenset()
+        model.register(self)
+
+    @property
+    def handle(self) -> Any:
+        """The ``llama_context`` pointer. Raises EngineClosedError after ``close``."""
+        if not self._free.alive:
+            raise EngineClosedError("the context was closed")
+        return self._handle
+
+    def close(self) -> None:
+        """Free the cache and the compute buffers. Idempotent."""
+        self._free()
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def n_ctx_allocated(self) -> int:
+        """Rows per sequence as the library allocated them: ``n_ctx`` rounded up."""
+        return int(self._lib.llama_n_ctx_seq(self.handle))
+
+    @property
+    def n_batch(self) -> int:
+        """Largest batch in tokens; at most what the settings asked."""
+        return int(self._lib.llama_n_batch(self.handle))
+
+    @property
+    def n_ubatch(self) -> int:
+        """Tokens computed at once; at most what the settings asked."""
+        return int(self._lib.llama_n_ubatch(self.handle))
+
+    def new_batch(self) -> Batch:
+        """Return an empty batch of the largest size this context takes."""
+        return Batch(self.n_batch, self.settings.n_seq_max)
+
+    def decode(self, batch: Batch) -> None:
+        """Compute a batch: its tokens become KV rows, its flagged outputs become logits.
+
+        Raises TokenError for ids outside the vocabulary before anything is computed, ContextError when the rows do not
+        fit (nothing was changed), DecodeAborted when ``abort`` was set, DecodeError otherwise. After the last two the
+        rows of finished ubatches remain: clear the sequences concerned.
+        """
+        self.model.vocab.check(batch.tokens)
+        self._outputs = frozenset()
+        with library.log.capture() as lines:
+            status = self._lib.llama_decode(self.handle, batch.native(self._lib))
+        if status == 0:
+            self._outputs = batch.outputs
+        elif status == 1:
+            raise ContextError(f"no room for {len(batch)} tokens in a context of {self.n_ctx_allocated} rows")
+        elif status == 2:
+            raise DecodeAborted("the computation was aborted as asked", status)
+        else:
+            raise DecodeError(f"decoding {len(batch)} tokens failed: {reason(lines, f'status {status}')}", status)
+
+    def output_index(self, index: int) -> int:
+        """Return ``index`` if the last batch computed logits there, else raise InvalidRequestError.
+
+        The library aborts the process when asked for logits it has not got.
+        """
+        if index not in self._outputs:
+            raise InvalidRequestError(f"the last batch computed no logits at index {index}")
+        return index
+
+    def logits(self, index: int) -> Any:
+        """Copy the logits of position ``index`` of the last batch: a float32 array of shape (n_vocab,)."""
+        import numpy as np
+
+        pointer = self._lib.llama_get_logits_ith(self.handle, self.output_index(index))
+        return np.ctypeslib.as_array(pointer, shape=(self.model.vocab.n_tokens,)).copy()
+
+    def clear(self) -> None:
+        """Forget the rows of all sequences."""
+        self._lib.llama_memory_clear(self._checked_memory(), False)
+
+    def remove(self, sequence: int, start: int = 0, end: int = -1) -> bool:
+        """Remove positions [start, end) of a sequence (end -1: all). False if the memory cannot, nothing changed."""
+        return bool(self._lib.llama_memory_seq_rm(self._checked_memory(), sequence, start, end))
+
+    def last_position(self, sequence: int) -> int:
+        """Return the largest position held of a sequence, -1 when it is empty."""
+        return int(self._lib.llama_memory_seq_pos_max(self._checked_memory(), sequence))
+
+    def _checked_memory(self) -> Any:
+        if not self.handle or self._memory is None:
+            raise ContextError("this model keeps no rows of earlier tokens, so nothing can be generated with it")
+        return self._memory
+
+
+def _fill(params: Any, settings: ContextSettings) -> None:
+    """Write the settings into the library's struct.
+
+    The struct travels by value, so its layout is llama_cpp's, which ships with the library. A KV budget will be one
+    more field there (a pointer at the end, in header and binding by the same patch) and one more line here.
+    """
+    params.n_ctx = _padded(settings.n_ctx) * settings.n_seq_max
+    params.n_batch = settings.n_batch
+    params.n_ubatch = min(settings.n_ubatch, settings.n_batch)
+    params.n_seq_max = settings.n_seq_max
+    params.n_threads = settings.n_threads
+    params.n_threads_batch = settings.n_threads_batch or settings.n_threads
+    params.type_k = CACHE_TYPES[settings.type_k]
+    params.type_v = CACHE_TYPES[settings.type_v]
+    params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
+    params.swa_full = settings.swa_full
+    params.kv_unified = False
+    params.no_perf = True
+
+
+def _padded(rows: int) -> int:
+    # as the library does per sequence; done here so that its division by n_seq_max leaves no remainder
+    return -(-rows // 256) * 256

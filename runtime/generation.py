@@ -1,0 +1,143 @@
+"""One generation as resumable steps: read the prompt chunk by chunk, then one token a step.
+
+The engine decides when a step runs; nothing here knows of threads or queues, so a scheduler of many sequences can
+interleave these steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ziggurat.runtime.bindings import Batch, Context
+from ziggurat.runtime.engine import FinishReason, GenerationRequest, GenerationStats, TokenEvent
+from ziggurat.runtime.sampling import build_chain
+from ziggurat.runtime.text import TextAssembler
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class KVFigures:
+    """The KV bytes of a loaded context, and the rows each layer allocated; from the plan."""
+
+    bytes: int
+    rows_per_layer: tuple[int, ...]
+
+
+class Generation:
+    """The state of one sequence, from its first prompt token to its last generated one.
+
+    ``step`` does one piece of work and returns the token it made, if any; ``reason`` is set when it is done.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        tokens: Sequence[int],
+        context: Context,
+        *,
+        sequence: int = 0,
+        kv: KVFigures,
+        submitted: float,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.request = request
+        self.reason: FinishReason | None = None
+        self.n_generated = 0
+        self._tokens = tokens
+        self._context = context
+        self._vocab = context.model.vocab
+        self._sequence = sequence
+        self._kv = kv
+        self._clock = clock
+        self._submitted = submitted
+        self._sampling = request.sampling.seeded()
+        self._chain = build_chain(self._sampling, self._vocab)
+        self._text = TextAssembler(request.stop)
+        self._n_read = 0
+        self._pending: int | None = None  # sampled, not yet decoded
+        self._started = self._prompt_done = self._last = clock()
+        self._first_token = 0.0
+        self._decode_steps = 0
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._tokens)
+
+    def step(self, batch: Batch) -> TokenEvent | None:
+        """Read one chunk of the prompt, or make one token; ``batch`` is emptied and used.
+
+        Raises what ``Context.decode`` raises; the sequence's rows are then the caller's to remove.
+        """
+        batch.clear()
+        if self._n_read < self.n_prompt:
+            return self._read_chunk(batch)
+        assert self._pending is not None
+        index = batch.add((self._pending,), self.n_prompt + self.n_generated - 1, self._sequence, output_last=True)
+        self._context.decode(batch)
+        self._decode_steps += 1
+        return self._choose(index)
+
+    def _read_chunk(self, batch: Batch) -> TokenEvent | None:
+        if self._n_read == 0:
+            self._started = self._clock()
+        chunk = self._tokens[self._n_read : self._n_read + batch.capacity]
+        last = self._n_read + len(chunk) == self.n_prompt
+        index = batch.add(chunk, self._n_read, self._sequence, output_last=last)
+        self._context.decode(batch)
+        self._n_read += len(chunk)
+        return self._choose(index) if last else None
+
+    def _choose(self, index: int) -> TokenEvent | None:
+        token = self._chain.sample(self._context, index)
+        self._last = self._clock()
+        if not self._first_token:
+            self._first_token = self._prompt_done = self._last
+        if self._vocab.is_eog(token):
+            self.reason = "stop"
+            return None
+        self.n_generated += 1
+        self._pending = token
+        text = self._text.feed(self._vocab.piece(token))
+        if self._text.stopped:
+            self.reason = "stop"
+        elif self._is_full():
+            self.reason = "length"
+        return TokenEvent(token, text)
+
+    def _is_full(self) -> bool:
+        limit = self.request.max_tokens
+        # the pending token needs a row of its own before another can be chosen
+        return self.n_generated == limit or self.n_prompt + self.n_generated > self._context.settings.n_ctx
+
+    def cancel(self) -> None:
+        """End it; idempotent, and without effect when it has ended by itself."""
+        if self.reason is None:
+            self.reason = "cancelled"
+
+    def finish(self) -> str:
+        """Return the text still held back, and free the sampler."""
+        self._chain.close()
+        return self._text.finish()
+
+    def stats(self) -> GenerationStats:
+        """Return the figures so far."""
+        read = self._prompt_done - self._started if self._first_token else self._clock() - self._started
+        return GenerationStats(
+            prompt_tokens=self.n_prompt,
+            generated_tokens=self.n_generated,
+            prompt_seconds=read,
+            decode_seconds=self._last - self._prompt_done if self._first_token else 0.0,
+            decode_steps=self._decode_steps,
+            time_to_first_token_s=self._first_token - self._submitted if self._first_token else 0.0,
+            kv_bytes=self._kv.bytes,
+            kv_bytes_peak=self._kv.bytes,
+            kv_bytes_full=self._kv.bytes,
+            kv_rows_per_layer=tuple(min(self._n_read, rows) for rows in self._kv.rows_per_layer),
+            evicted_rows=0,
+            n_ctx=self._context.settings.n_ctx,
+            seed=None if self._sampling.temperature == 0 else self._sampling.seed,
+        )

@@ -1,0 +1,122 @@
+"""From a path and settings to a model that is ready to generate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ziggurat.runtime import plan
+from ziggurat.runtime.bindings import Context, ContextSettings, Model
+from ziggurat.runtime.engine import ModelInfo
+from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
+from ziggurat.runtime.generation import KVFigures
+from ziggurat.runtime.gguf_file import GGUFFile, read_gguf
+from ziggurat.runtime.hardware import default_threads
+from ziggurat.runtime.prompts import PromptEncoder
+
+#: Context taken when none is asked for: the model's own, but no more than this.
+DEFAULT_CTX = 8192
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How an engine loads its model.
+
+    ``n_ctx`` is per conversation, in tokens; None takes the trained context up to ``DEFAULT_CTX``. ``n_ubatch`` tokens
+    are computed at once. ``type_k`` and ``type_v`` are the KV row types (f16, bf16, q8_0, q4_0). ``threads`` None takes
+    the physical cores, ``gpu_layers`` None all that the device can hold.
+    """
+
+    n_ctx: int | None = None
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attention: str = "auto"
+    threads: int | None = None
+    gpu_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_ctx", "n_batch", "n_ubatch", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequestError(f"{name} is {value}; it must be at least 1")
+        if self.gpu_layers is not None and self.gpu_layers < 0:
+            raise InvalidRequestError(f"gpu_layers is {self.gpu_layers}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its context, and what was computed about them once."""
+
+    model: Model
+    context: Context
+    prompts: PromptEncoder
+    info: ModelInfo
+    kv: KVFigures
+
+
+def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callable[[float], bool]) -> Loaded:
+    """Check the file, load the model, make the context. ``proceed`` gets 0.0 to 1.0 and stops the load with False.
+
+    Raises ModelFileError, ModelLoadError, UnsupportedError, ContextError, TemplateError, LibraryError; nothing stays
+    allocated then.
+    """
+    file = read_gguf(path)
+    shape = _shape(file)
+    if shape is not None:
+        plan.check_cache_types(shape, settings.type_k, settings.type_v)
+    model = Model(path, gpu_layers=settings.gpu_layers, progress=proceed)
+    try:
+        if not model.generates_text:
+            raise UnsupportedError(
+                f"{os.fspath(path)}: a {file.architecture} model does not generate text token by token"
+            )
+        n_ctx = settings.n_ctx or min(model.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+        context = Context(model, _context_settings(settings, n_ctx))
+        kv = _kv_figures(shape, settings, n_ctx)
+        info = ModelInfo(
+            path=os.fspath(path),
+            description=model.description,
+            n_params=model.n_params,
+            n_bytes=model.n_bytes,
+            n_vocab=model.vocab.n_tokens,
+            n_ctx=n_ctx,
+            n_ctx_train=model.n_ctx_train,
+            has_chat_template=model.chat_template is not None,
+            kv_bytes=kv.bytes,
+        )
+        return Loaded(model, context, PromptEncoder(model.vocab, model.chat_template), info, kv)
+    except BaseException:
+        model.close()
+        raise
+
+
+def _shape(file: GGUFFile) -> plan.KVShape | None:
+    """Return the KV shape; None for models without attention, whose state does not grow."""
+    try:
+        return plan.kv_shape(file)
+    except UnsupportedError:
+        return None
+
+
+def _context_settings(settings: EngineSettings, n_ctx: int) -> ContextSettings:
+    return ContextSettings(
+        n_ctx=n_ctx,
+        n_batch=settings.n_batch,
+        n_ubatch=settings.n_ubatch,
+        type_k=settings.type_k,
+        type_v=settings.type_v,
+        flash_attention=settings.flash_attention,
+        n_threads=settings.threads or default_threads(),
+    )
+
+
+def _kv_figures(shape: plan.KVShape | None, settings: EngineSettings, n_ctx: int) -> KVFigures:
+    if shape is None:
+        return KVFigures(0, ())
+    n_ubatch = min(settings.n_ubatch, settings.n_batch, plan.padded(n_ctx))
+    rows = plan.rows_per_layer(shape, n_ctx, n_ubatch=n_ubatch)
+    size = plan.kv_bytes(shape, n_ctx, type_k=settings.type_k, type_v=settings.type_v, n_ubatch=n_ubatch)
+    return KVFigures(size, rows)

@@ -1,0 +1,134 @@
+"""Command line options that several commands share, so that they mean the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+CACHE_TYPES = ("f16", "bf16", "q8_0", "q4_0")
+KV_POLICIES = ("none", "pyramid", "snapkv", "streaming", "h2o", "tova", "keydiff")
+KV_SCORES = ("snapkv", "h2o", "tova", "keydiff", "recent", "random")
+
+
+def _group(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+kv_options = _group(
+    click.option("--kv-budget", metavar="ROWS|N%", help="Mean KV rows per layer and head to keep after a prompt."),
+    click.option(
+        "--kv-policy", type=click.Choice(KV_POLICIES), help="Preset of schedule and score; none keeps every row."
+    ),
+    click.option("--kv-schedule", type=click.Choice(["uniform", "pyramid"]), help="How many rows each layer keeps."),
+    click.option("--kv-score", type=click.Choice(KV_SCORES), help="Which rows are kept."),
+    click.option("--kv-window", type=click.IntRange(1), metavar="N", help="Last tokens that observe and always stay."),
+    click.option("--kv-sinks", type=click.IntRange(0), metavar="N", help="First tokens that always stay."),
+    click.option("--kv-prefill", type=click.Choice(["exact", "bounded", "chunked"]), help="How prompts are read."),
+)
+
+cache_options = _group(
+    click.option(
+        "--cache-type-k", type=click.Choice(CACHE_TYPES), default="f16", show_default=True, help="Type of K rows."
+    ),
+    click.option(
+        "--cache-type-v",
+        type=click.Choice(CACHE_TYPES),
+        default="f16",
+        show_default=True,
+        help="Type of V rows; quantized ones turn flash attention on.",
+    ),
+)
+
+context_options = _group(
+    click.option(
+        "--ctx",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Tokens per conversation; default: the trained context, at most 8192.",
+    ),
+    click.option(
+        "--ubatch",
+        type=click.IntRange(1),
+        default=512,
+        show_default=True,
+        metavar="N",
+        help="Prompt tokens computed at once.",
+    ),
+    cache_options,
+)
+
+device_options = _group(
+    click.option(
+        "--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; default: the physical cores."
+    ),
+    click.option(
+        "--gpu-layers",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Layers on the GPU; default: all, if the library has a GPU backend.",
+    ),
+)
+
+sampling_options = _group(
+    click.option(
+        "--temp", type=float, default=0.8, show_default=True, help="Temperature; 0 takes the likeliest token."
+    ),
+    click.option(
+        "--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest tokens; 0: all."
+    ),
+    click.option(
+        "--top-p",
+        type=float,
+        default=0.95,
+        show_default=True,
+        help="Sample from tokens that sum to this probability; 1: all.",
+    ),
+    click.option(
+        "--min-p",
+        type=float,
+        default=0.05,
+        show_default=True,
+        help="Drop tokens less likely than this part of the likeliest; 0: none.",
+    ),
+    click.option("--seed", type=int, help="Repeat a sampled generation; default: random."),
+)
+
+
+def refuse_budgets(kv: dict[str, Any]) -> None:
+    """Raise UnsupportedError for any ``--kv-*`` option that asks for fewer rows than all; ``--kv-policy none`` is fine.
+
+    ``kv`` holds the options' values by parameter name, None where not given. A malformed ``--kv-budget`` is an
+    InvalidRequestError, so that a typing mistake is not taken for a missing feature.
+    """
+    budget = kv.get("kv_budget")
+    if budget is not None:
+        _check_budget(budget)
+    asked = [name for name, value in kv.items() if value is not None and (name, value) != ("kv_policy", "none")]
+    if asked:
+        flags = ", ".join("--" + name.replace("_", "-") for name in asked)
+        raise UnsupportedError(
+            f"{flags}: this build keeps every KV row and has no budgets; leave it out, or say --kv-policy none"
+        )
+
+
+def _check_budget(text: str) -> None:
+    number, percent = (text[:-1], True) if text.endswith("%") else (text, False)
+    try:
+        value = float(number) if percent else int(number)
+    except ValueError:
+        value = 0
+    if not 0 < value or (percent and value > 100):
+        raise InvalidRequestError(
+            f"--kv-budget {text}: give a number of rows above 0, or a part of the prompt such as 12%"
+        )

@@ -1,0 +1,181 @@
+"""Builds GGUF models of a few hundred kilobytes, with random weights and real tokenizers, in a second.
+
+The weights are seeded. Rows of control tokens in the output are zero, so that a generation never ends by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a tiny model; ``n_head`` and ``n_head_kv`` may have one entry per layer."""
+
+    arch: str = "llama"
+    n_layer: int = 2
+    n_embd: int = 64
+    n_head: int | tuple[int, ...] = 4
+    n_head_kv: int | tuple[int, ...] = 2
+    head_dim: int = 16
+    n_ff: int = 96
+    n_ctx: int = 1024
+    sliding_window: int | None = None
+
+    def heads(self, layer: int) -> tuple[int, int]:
+        def pick(value: int | tuple[int, ...]) -> int:
+            return value if isinstance(value, int) else value[layer]
+
+        return pick(self.n_head), pick(self.n_head_kv)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A vocabulary: texts, scores and types by id."""
+
+    kind: str
+    texts: list[str]
+    scores: list[float]
+    types: list[int]
+    bos: int | None
+    eos: int
+    merges: list[str] | None = None
+
+
+def spm_tokens() -> Tokens:
+    """A SentencePiece-style vocabulary with byte fallback: anything but ASCII letters is spelled in bytes."""
+    texts = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    types = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256
+    pieces = [
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz.,!?'",
+        "th",
+        "he",
+        "an",
+        "in",
+        "▁t",
+        "▁a",
+        "▁th",
+        "▁the",
+        "▁an",
+        "and",
+        "▁and",
+    ]
+    scores = [0.0] * len(texts) + [-float(len(pieces) - rank) for rank in range(len(pieces))]
+    return Tokens("llama", texts + pieces, scores, types + [NORMAL] * len(pieces), bos=1, eos=2)
+
+
+def bpe_tokens(special: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")) -> Tokens:
+    """A byte-level BPE vocabulary (GPT-2's alphabet) with a few merges and special tokens."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    alphabet = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+    merges = ["t h", "th e", "Ġ th", "Ġ a", "i n", "Ġ the"]
+    texts = [alphabet[byte] for byte in range(256)] + [merge.replace(" ", "") for merge in merges]
+    types = [NORMAL] * len(texts) + [CONTROL] * len(special)
+    texts = texts + list(special)
+    eos = texts.index("<|im_end|>") if "<|im_end|>" in special else len(texts) - 1
+    return Tokens("gpt2", texts, [0.0] * len(texts), types, bos=None, eos=eos, merges=merges)
+
+
+def write_model(
+    path: Path,
+    shape: Shape = Shape(),
+    tokens: Tokens | None = None,
+    *,
+    chat_template: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a model that llama.cpp loads, and return its path."""
+    tokens = tokens or spm_tokens()
+    writer = gguf.GGUFWriter(path, shape.arch)
+    _write_metadata(writer, shape)
+    _write_tokens(writer, tokens)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    for name, array in _tensors(shape, tokens, np.random.default_rng(seed)):
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _write_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
+    def listed(value: int | tuple[int, ...]) -> int | list[int]:
+        return value if isinstance(value, int) else list(value)
+
+    writer.add_name("tiny")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_block_count(shape.n_layer)
+    writer.add_context_length(shape.n_ctx)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(listed(shape.n_head))
+    writer.add_head_count_kv(listed(shape.n_head_kv))
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if shape.sliding_window is not None:
+        writer.add_sliding_window(shape.sliding_window)
+
+
+def _write_tokens(writer: gguf.GGUFWriter, tokens: Tokens) -> None:
+    writer.add_tokenizer_model(tokens.kind)
+    writer.add_tokenizer_pre("gpt-2" if tokens.kind == "gpt2" else "default")
+    writer.add_token_list(tokens.texts)
+    writer.add_token_scores(tokens.scores)
+    writer.add_token_types(tokens.types)
+    if tokens.merges is not None:
+        writer.add_token_merges(tokens.merges)
+    if tokens.bos is not None:
+        writer.add_bos_token_id(tokens.bos)
+    writer.add_eos_token_id(tokens.eos)
+    writer.add_add_bos_token(tokens.bos is not None)
+
+
+def _tensors(shape: Shape, tokens: Tokens, rng: np.random.Generator):
+    def normal(*extents: int) -> np.ndarray:
+        return rng.normal(0, extents[-1] ** -0.5, extents).astype(np.float32)
+
+    def ones(extent: int) -> np.ndarray:
+        return np.ones(extent, np.float32)
+
+    output = rng.normal(0, 0.5, (len(tokens.texts), shape.n_embd)).astype(np.float32)
+    output[[index for index, kind in enumerate(tokens.types) if kind in (CONTROL, UNKNOWN)]] = 0
+    yield "token_embd.weight", rng.normal(0, 1, output.shape).astype(np.float32)
+    yield "output_norm.weight", ones(shape.n_embd)
+    if shape.arch != "gemma2":  # always tied
+        yield "output.weight", output
+    for layer in range(shape.n_layer):
+        n_head, n_head_kv = shape.heads(layer)
+        block = f"blk.{layer}."
+        yield block + "attn_norm.weight", ones(shape.n_embd)
+        yield block + "attn_q.weight", normal(n_head * shape.head_dim, shape.n_embd)
+        yield block + "attn_k.weight", normal(n_head_kv * shape.head_dim, shape.n_embd)
+        yield block + "attn_v.weight", normal(n_head_kv * shape.head_dim, shape.n_embd)
+        yield block + "attn_output.weight", normal(shape.n_embd, n_head * shape.head_dim)
+        if shape.arch in ("qwen3", "gemma3"):
+            yield block + "attn_q_norm.weight", ones(shape.head_dim)
+            yield block + "attn_k_norm.weight", ones(shape.head_dim)
+        if shape.arch in ("gemma2", "gemma3"):
+            yield block + "post_attention_norm.weight", ones(shape.n_embd)
+            yield block + "post_ffw_norm.weight", ones(shape.n_embd)
+        yield block + "ffn_norm.weight", ones(shape.n_embd)
+        yield block + "ffn_gate.weight", normal(shape.n_ff, shape.n_embd)
+        yield block + "ffn_up.weight", normal(shape.n_ff, shape.n_embd)
+        yield block + "ffn_down.weight", normal(shape.n_embd, shape.n_ff)

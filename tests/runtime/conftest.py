@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers import tiny_models
+from ziggurat.runtime.bindings import Model
+from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def spm_path(models: Path) -> Path:
+    """A Llama-like model with a SentencePiece vocabulary and no chat template."""
+    return tiny_models.write_model(models / "spm.gguf")
+
+
+@pytest.fixture(scope="session")
+def chat_path(models: Path) -> Path:
+    """A Llama-like model with byte-level BPE and a ChatML template; its heads of 32 can be quantized."""
+    shape = tiny_models.Shape(head_dim=32, n_head=2, n_head_kv=1)
+    tokens = tiny_models.bpe_tokens()
+    return tiny_models.write_model(models / "chat.gguf", shape, tokens, chat_template=tiny_models.CHATML)
+
+
+@pytest.fixture(scope="session")
+def spm_model(spm_path: Path) -> Iterator[Model]:
+    with Model(spm_path) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def bpe_model(chat_path: Path) -> Iterator[Model]:
+    with Model(chat_path) as model:
+        yield model
+
+
+@pytest.fixture
+def engine(spm_path: Path) -> Iterator[LlamaEngine]:
+    """A loaded engine over the SentencePiece model, 512 rows, one thread."""
+    with LlamaEngine(spm_path, EngineSettings(n_ctx=512, threads=1)) as engine:
+        engine.load()
+        yield engine
