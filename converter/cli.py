@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -132,12 +133,13 @@ def _quiet_libraries(*, verbose: bool) -> None:
         return
     logging.getLogger("ziggurat").setLevel(logging.WARNING)
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
-    import huggingface_hub  # noqa: F401 - it sets its own level when it is imported
-    import transformers
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it tells at once that torch is missing
+    with contextlib.suppress(ImportError):  # who needs them says so
+        import huggingface_hub  # noqa: F401 - it sets its own level when it is imported
+        import transformers
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry, with page-long addresses
-
-    transformers.logging.set_verbosity_error()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry, with page-long addresses
+        transformers.logging.set_verbosity_error()
 
 
 class _Speed(ProgressColumn):

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from ziggurat.converter.errors import CheckpointError, HubError
+from ziggurat.converter.errors import CheckpointError, HubError, LibraryError
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ def resolve(model: str | Path) -> Path:
     Raises:
         CheckpointError: neither a path nor a hub id.
         HubError: the hub does not have it, does not give it to you, or cannot be reached.
+        LibraryError: huggingface_hub is not installed.
     """
     path = Path(model)
     if path.exists():
@@ -44,8 +45,11 @@ def called(model: str | Path) -> str:
 
 
 def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import tqdm
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils.tqdm import tqdm
+    except ImportError as e:
+        raise LibraryError(f"{e.name} is not installed: `pip install 'ziggurat[convert]'`") from e
 
     class Bar(tqdm):
         """The hub's progress bar, on a terminal only."""

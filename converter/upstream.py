@@ -28,6 +28,10 @@ from ziggurat.converter.errors import ConvertError, LibraryError, TokenizerError
 logger = logging.getLogger(__name__)
 
 
+# What upstream imports, some of it only where it is used.
+NEEDED = ("torch", "transformers", "sentencepiece", "google", "yaml", "requests", "tqdm")
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor of the GGUF to be: its name, shape (outermost dimension first) and the type of an unquantized file."""
@@ -136,7 +140,7 @@ def _packages() -> tuple[Any, Any]:
     try:
         from llama_cpp import _conversion, _gguf
     except ImportError as e:
-        if e.name and e.name.split(".")[0] in ("torch", "transformers", "sentencepiece", "yaml", "requests", "tqdm"):
+        if e.name and e.name.split(".")[0] in NEEDED:
             raise LibraryError(f"{e.name} is not installed: `pip install 'ziggurat[convert]'`") from e
         raise LibraryError(f"the installed llama-cpp-python has no converter: {ggml.REMEDY}") from e
     return _conversion, _gguf
@@ -205,6 +209,10 @@ def _translated(checkpoint: Checkpoint, what: str) -> Iterator[None]:
         yield
     except ConvertError:
         raise
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] not in NEEDED:
+            raise UnsupportedModelError(f"{checkpoint.folder}: converting it needs {e.name}: install it") from e
+        raise LibraryError(f"{e.name} is not installed: `pip install 'ziggurat[convert]'`") from e
     except (FileNotFoundError, UnicodeDecodeError) as e:
         raise TokenizerError(f"{checkpoint.folder}: {what} cannot be read: {_first_line(e)}") from e
     except Exception as e:  # upstream raises anything from AssertionError to KeyError

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -374,6 +376,19 @@ def test_too_little_space_is_seen_before_the_work(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     refused(run(folder, tmp_path / "out.gguf"), "MB free", "make room")
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers", "sentencepiece", "huggingface_hub"])
+def test_installed_without_what_a_conversion_needs(folder: Path, tmp_path: Path, missing: str) -> None:
+    """`pip install ziggurat` alone runs models; the line says what converting them needs."""
+    model = "owner/name" if missing == "huggingface_hub" else str(folder)
+    code = f"import sys; sys.modules[{missing!r}] = None; from ziggurat.converter.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, model, str(tmp_path / "out.gguf")], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line == f"convert: error: {missing} is not installed: `pip install 'ziggurat[convert]'`"
 
 
 def test_unknown_type(folder: Path, tmp_path: Path) -> None:
