@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ziggurat.converter import prequantized
 from ziggurat.converter.errors import CheckpointError, TokenizerError, UnsupportedModelError
 
 # Bytes per element of the safetensors types; names as in the safetensors format description.
@@ -23,9 +24,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
-
-# What the `conversion` package of llama.cpp can turn back into floats.
-DEQUANTIZABLE = ("bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4")
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ def open_checkpoint(folder: Path, *, ignore_code: bool = False) -> Checkpoint:
         raise CheckpointError(f"{folder / 'config.json'} does not hold a JSON object: copy the file again")
     if not ignore_code:
         _refuse_custom_code(folder, config)
-    _refuse_unknown_quantization(folder, config)
     tensors = _tensor_table(folder)
+    prequantized.refuse_unknown(folder, config, tensors)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TokenizerError(
             f"{folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the model's tokenizer files there"
@@ -128,23 +126,6 @@ def _refuse_custom_code(folder: Path, config: dict[str, Any]) -> None:
             )
 
 
-def _refuse_unknown_quantization(folder: Path, config: dict[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return
-    method = quantization.get("quant_method")
-    if method not in DEQUANTIZABLE:
-        raise UnsupportedModelError(
-            f"{folder} is quantized with {method!r}, which cannot be turned back into floats here "
-            f"(possible: {', '.join(DEQUANTIZABLE)}): convert the original checkpoint"
-        )
-    if method == "gptq" and quantization.get("bits") not in (2, 4, 8):
-        raise UnsupportedModelError(
-            f"{folder} is quantized with 'gptq' at {quantization.get('bits')} bits, which cannot be turned back into "
-            "floats here (possible: 2, 4, 8): convert the original checkpoint"
-        )
-
-
 def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
     """Tensor table of all shards; the index, where there is one, must agree with the files."""
     index = folder / "model.safetensors.index.json"
@@ -152,7 +133,7 @@ def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
     if index.is_file():
         content = _read_json(index)
         found = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
             raise CheckpointError(f"{index} has no weight_map: copy the file again")
         weight_map = found
         shards = sorted(set(weight_map.values()))
@@ -185,6 +166,12 @@ def _tensor_table(folder: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{folder}: tensor {missing[0]} is listed in {index.name} but in no file: download it again"
         )
+    extra = sorted(set(tensors) - set(weight_map)) if weight_map else []
+    if extra:
+        raise CheckpointError(
+            f"{tensors[extra[0]].file} holds tensor {extra[0]}, which {index.name} does not list: these files are not "
+            "of one checkpoint, download it again"
+        )
     if not tensors:
         raise CheckpointError(f"{folder}: the safetensors files hold no tensor")
     return tensors
@@ -203,18 +190,23 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path} is truncated or no safetensors file ({size} bytes): download it again")
         try:
             header = json.loads(f.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
             raise CheckpointError(f"{path} has a damaged header ({e}): download it again") from e
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged header (no JSON object): download it again")
     data = size - 8 - length
     table: dict[str, TensorInfo] = {}
+    places: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            elements = math.prod(shape)
+            dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as e:
             raise CheckpointError(f"{path}: the entry of tensor {name} is damaged: download the file again") from e
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise CheckpointError(f"{path}: the entry of tensor {name} is damaged: download the file again")
+        elements = math.prod(shape)
         if dtype not in DTYPE_BYTES:
             raise CheckpointError(f"{path}: tensor {name} has the type {dtype}, which is not known here")
         if end > data:
@@ -222,7 +214,12 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
                 f"{path} is truncated: tensor {name} ends at byte {8 + length + end}, the file at {size}: "
                 "download it again"
             )
-        if begin < 0 or end - begin != elements * DTYPE_BYTES[dtype]:
+        if end - begin != elements * DTYPE_BYTES[dtype]:
             raise CheckpointError(f"{path}: tensor {name} of shape {list(shape)} does not fit its {end - begin} bytes")
         table[name] = TensorInfo(dtype, shape, path, end - begin)
+        places.append((begin, end, name))
+    places.sort()
+    for (_, end, name), (begin, _, other) in zip(places, places[1:], strict=False):
+        if begin < end:
+            raise CheckpointError(f"{path}: the tensors {name} and {other} overlap: download the file again")
     return table

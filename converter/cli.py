@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +64,9 @@ def convert(  # noqa: PLR0913 - one parameter per option
     console = Console(stderr=True, highlight=False)
     if imatrix is not None and no_imatrix:
         raise click.UsageError("--imatrix and --no-imatrix exclude each other")
-    with _errors_as_lines(console, debug=debug), _signals_as_exceptions():
+    with _errors_as_lines(console, debug=debug), _signals_as_exceptions(), warnings.catch_warnings():
+        if not verbose:
+            warnings.simplefilter("ignore")  # libraries warn their users, the programmers, not ours
         from ziggurat.converter.pipeline import ConvertSettings
         from ziggurat.converter.pipeline import convert as run
 
@@ -119,6 +124,8 @@ def _signals_as_exceptions() -> Iterator[None]:
 
 
 def _quiet_libraries(*, verbose: bool) -> None:
+    """Libraries neither talk to the user nor report to anyone; comes before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.ERROR, format="%(name)s: %(message)s", stream=sys.stderr
     )
@@ -126,9 +133,13 @@ def _quiet_libraries(*, verbose: bool) -> None:
         return
     logging.getLogger("ziggurat").setLevel(logging.WARNING)
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
-    import transformers
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it tells at once that torch is missing
+    with contextlib.suppress(ImportError):  # who needs them says so
+        import huggingface_hub  # noqa: F401 - it sets its own level when it is imported
+        import transformers
 
-    transformers.logging.set_verbosity_error()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry, with page-long addresses
+        transformers.logging.set_verbosity_error()
 
 
 class _Speed(ProgressColumn):

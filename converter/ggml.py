@@ -80,7 +80,8 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
         raise LibraryError(f"llama-cpp-python does not load ({e}): {REMEDY}") from e
     folder = Path(llama_cpp.__file__).parent / "lib"
     base = ctypes.CDLL(str(next(folder.glob("libggml-base.*"))))
-    llama: ctypes.CDLL = llama_cpp.llama_cpp._lib
+    # A handle of our own: signatures set on llama_cpp's would be everybody's.
+    llama = ctypes.CDLL(llama_cpp.llama_cpp._lib._name)
     try:
         recipe = llama.ziggurat_quant_types
     except AttributeError:

@@ -23,6 +23,8 @@ def read_imatrix(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     """
     from llama_cpp import _gguf as gguf
 
+    if path.is_dir():
+        raise ImatrixError(f"{path} is a folder: name the file that llama-imatrix made")
     if not path.is_file():
         raise ImatrixError(f"{path} does not exist: make it with llama-imatrix")
     with path.open("rb") as f:

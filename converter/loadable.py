@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ziggurat.converter.errors import UnsupportedModelError
+from ziggurat.converter.errors import TokenizerError, UnsupportedModelError
 
 MARK = "error loading model"
+MISFIT = "check_tensor_dims"
+UNKNOWN_PRE = "unknown pre-tokenizer type"
 
 
 def check_loadable(path: Path) -> None:
@@ -21,7 +23,8 @@ def check_loadable(path: Path) -> None:
     The file needs its full length but not its content: no weight is read.
 
     Raises:
-        UnsupportedModelError: llama.cpp would not load it, with its reason.
+        TokenizerError: llama.cpp does not know the pre-tokenizer.
+        UnsupportedModelError: llama.cpp would not load it for another reason, which is told.
     """
     command = [sys.executable, "-c", f"from {__name__} import _child; _child()", str(path)]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
@@ -31,6 +34,11 @@ def check_loadable(path: Path) -> None:
     lines = [line.strip() for line in result.stderr.decode(errors="replace").splitlines() if line.strip()]
     reason = next((line for line in lines if MARK in line), lines[-1] if lines else f"exit code {result.returncode}")
     reason = reason.split(f"{MARK}:", 1)[-1].strip()
+    if UNKNOWN_PRE in reason:
+        name = reason.split(UNKNOWN_PRE, 1)[-1].strip(" :")
+        raise TokenizerError(f"llama.cpp has no pre-tokenizer {name}: give another --pre, or none and it is recognized")
+    if MISFIT in reason:
+        reason = f"{reason.split(MISFIT, 1)[-1].strip(' :')} (these weights are not what config.json describes)"
     raise UnsupportedModelError(f"llama.cpp would not load the converted model: {reason}")
 
 
@@ -41,5 +49,5 @@ def _child() -> None:
     params.no_alloc = True
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     params.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), params)
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(sys.argv[1]), params)
     sys.exit(0 if model else 1)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ziggurat.converter import hub, quantize, recipes, upstream
 from ziggurat.converter.checkpoint import open_checkpoint
-from ziggurat.converter.errors import ConvertError, ImatrixError
+from ziggurat.converter.errors import ConvertError, ImatrixError, OutputError, TokenizerError
 from ziggurat.converter.imatrix import read_imatrix
 from ziggurat.converter.loadable import check_loadable
 from ziggurat.converter.report import Estimate, Report, estimate, peak_memory_bytes, share_by_type, write_json
@@ -82,14 +82,22 @@ def convert(
     start = time.perf_counter()
     if settings.type not in recipes.FTYPES:
         raise ConvertError(f"there is no type {settings.type!r}: choose one of {', '.join(recipes.FTYPES)}")
+    _check_names(settings)
     check_target(out, force=settings.force)
     if settings.report is not None:
         check_target(settings.report, force=True)
+        if settings.report.resolve() == out.resolve():
+            raise OutputError(f"{out} cannot be the report as well: name another file")
     checkpoint = open_checkpoint(hub.resolve(model), ignore_code=settings.ignore_code)
+    if out.resolve() in {tensor.file.resolve() for tensor in checkpoint.tensors.values()}:
+        raise OutputError(f"{out} is a part of the checkpoint: name another file")
     importance = None if settings.imatrix is None else read_imatrix(settings.imatrix)
 
     base = settings.type if settings.type in recipes.FLOAT_TYPES else "bf16"
-    plan = upstream.plan(checkpoint, base, pre=settings.pre, name=settings.name)
+    plan = upstream.plan(checkpoint, base, pre=settings.pre, name=settings.name, called=hub.called(model))
+    if settings.pre is not None and plan.value("tokenizer.ggml.pre") != settings.pre:
+        kind = plan.value("tokenizer.ggml.model")
+        raise TokenizerError(f"a tokenizer of the kind {kind!r} has no pre-tokenizer to name: leave --pre out")
     types = recipes.choose(plan, settings.type, imatrix=importance)
     _check_importance(plan, importance)
     threads = settings.threads or len(os.sched_getaffinity(0))
@@ -128,6 +136,13 @@ def convert(
     if settings.report is not None:
         write_json(settings.report, report.to_json())
     return report
+
+
+def _check_names(settings: ConvertSettings) -> None:
+    """Refuse names that cannot be written."""
+    for option, value in (("name", settings.name), ("pre", settings.pre)):
+        if value is not None and (not value.strip() or value != value.encode(errors="replace").decode()):
+            raise ConvertError(f"--{option} is empty or no text: give another, or leave it out")
 
 
 def _metadata(plan: upstream.Plan, settings: ConvertSettings) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def _split_stage(node: dict[str, Any]) -> tuple[str, ...]:
 def _canonical(pattern: str) -> str:
     """One spelling for patterns that split alike."""
     pattern = pattern.replace("\r", r"\r").replace("\n", r"\n").replace("\t", r"\t")
-    pattern = re.sub(r"\\p([LMNPSZC])(?![a-z{])", r"\\p{\1}", pattern)  # \pL is \p{L}
+    pattern = re.sub(r"\\p([LMNPSZC])", r"\\p{\1}", pattern)  # \pL is \p{L}, \pN{1,3} is \p{N}{1,3}
     whole = re.fullmatch(r"\((?:\?:)?(?!\?)(.*)\)", pattern, re.S)
     if whole and len(_alternatives(pattern)) == 1 and _balanced(whole[1]):  # one group around everything
         pattern = whole[1]

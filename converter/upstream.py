@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +26,10 @@ from ziggurat.converter.checkpoint import Checkpoint
 from ziggurat.converter.errors import ConvertError, LibraryError, TokenizerError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
+
+
+# What upstream imports, some of it only where it is used.
+NEEDED = ("torch", "transformers", "sentencepiece", "google", "yaml", "requests", "tqdm")
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,17 @@ class Plan:
         )
 
 
-def plan(checkpoint: Checkpoint, base: str, *, pre: str | None = None, name: str | None = None) -> Plan:
+def plan(
+    checkpoint: Checkpoint, base: str, *, pre: str | None = None, name: str | None = None, called: str | None = None
+) -> Plan:
     """Map a checkpoint to GGUF: metadata, vocabulary and lazy tensors in llama.cpp's order.
 
     Args:
         checkpoint: an opened checkpoint.
         base: type of the matrices in an unquantized file: "f32", "f16" or "bf16".
         pre: pre-tokenizer name to write instead of the recognized one.
-        name: the model's name in the metadata; default: from the model card or the folder.
+        name: the model's name in the metadata; default: from the model card, the configuration or `called`.
+        called: what people call the model; default: the name of its folder.
 
     Raises:
         UnsupportedModelError: upstream does not know the architecture, or fails on this checkpoint.
@@ -103,7 +114,7 @@ def plan(checkpoint: Checkpoint, base: str, *, pre: str | None = None, name: str
         def sink(tensor_name: str, data: Any, qtype: Any) -> None:
             shape = tuple(int(n) for n in data.shape)
             model.gguf_writer.add_tensor_info(tensor_name, shape, np.dtype(np.float32), 0, raw_dtype=qtype)
-            tensors.append(PlannedTensor(tensor_name, shape, int(qtype), _loader(gguf, data, qtype)))
+            tensors.append(PlannedTensor(tensor_name, shape, int(qtype), _loader(gguf, tensor_name, data, qtype)))
 
         model.tensor_sink = sink
         model.prepare_tensors()
@@ -111,9 +122,14 @@ def plan(checkpoint: Checkpoint, base: str, *, pre: str | None = None, name: str
     for part in model.gguf_writer.tensors:  # tensors that upstream repacks itself, with their final type
         for tensor_name, info in part.items():
             if tensor_name not in known:
-                shape = tuple(int(n) for n in info.shape)
-                tensors.append(PlannedTensor(tensor_name, shape, int(info.dtype), _loader(gguf, info.tensor)))
-    with _translated(checkpoint, "its metadata or vocabulary"):
+                shape, load = tuple(int(n) for n in info.shape), _loader(gguf, tensor_name, info.tensor)
+                tensors.append(PlannedTensor(tensor_name, shape, int(info.dtype), load))
+    pretokenizer.read_tokenizer_json(checkpoint.folder)  # transformers' own words on a damaged file do not name it
+    with (
+        _translated(checkpoint, "its metadata or vocabulary"),
+        _model_card(checkpoint.folder, called or Path(os.path.abspath(checkpoint.folder)).name, gguf) as card,
+    ):
+        model.dir_model_card = card
         model.prepare_metadata(vocab_only=False)
     tensors.sort(key=lambda t: _file_order(t.name))
     return Plan(gguf.MODEL_ARCH_NAMES[model.model_arch], dict(model.gguf_writer.kv_data[0]), tensors)
@@ -124,7 +140,7 @@ def _packages() -> tuple[Any, Any]:
     try:
         from llama_cpp import _conversion, _gguf
     except ImportError as e:
-        if e.name and e.name.split(".")[0] in ("torch", "transformers", "sentencepiece", "yaml", "requests", "tqdm"):
+        if e.name and e.name.split(".")[0] in NEEDED:
             raise LibraryError(f"{e.name} is not installed: `pip install 'ziggurat[convert]'`") from e
         raise LibraryError(f"the installed llama-cpp-python has no converter: {ggml.REMEDY}") from e
     return _conversion, _gguf
@@ -169,16 +185,48 @@ def _complete(hparams: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
+def _model_card(folder: Path, called: str, gguf: Any) -> Iterator[Path | None]:
+    """The folder upstream takes name, version, size and licence from; its name counts: it has to be `called` so.
+
+    None if the model card cannot be read, which is no reason not to convert.
+    """
+    try:
+        gguf.Metadata.load_model_card(folder)
+    except Exception as e:  # written by hand: not UTF-8, or anything that yaml raises
+        logger.warning("%s is left aside, it cannot be read: %s", folder / "README.md", _first_line(e))
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / (called or "model")
+        link.symlink_to(os.path.abspath(folder), target_is_directory=True)
+        yield link
+
+
+@contextmanager
 def _translated(checkpoint: Checkpoint, what: str) -> Iterator[None]:
     """Turn whatever upstream raises on a bad checkpoint into one of our errors."""
     try:
         yield
     except ConvertError:
         raise
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] not in NEEDED:
+            raise UnsupportedModelError(f"{checkpoint.folder}: converting it needs {e.name}: install it") from e
+        raise LibraryError(f"{e.name} is not installed: `pip install 'ziggurat[convert]'`") from e
     except (FileNotFoundError, UnicodeDecodeError) as e:
         raise TokenizerError(f"{checkpoint.folder}: {what} cannot be read: {_first_line(e)}") from e
     except Exception as e:  # upstream raises anything from AssertionError to KeyError
         logger.debug("upstream's converter failed", exc_info=True)
+        if "< vocab_size" in _first_line(e):
+            raise TokenizerError(
+                f"{checkpoint.folder}: the tokenizer has more tokens than the vocab_size in config.json: the two "
+                "do not belong together"
+            ) from e
+        if unmapped := re.search(r"Can not map tensor '(.*)'", str(e)):
+            raise UnsupportedModelError(
+                f"{checkpoint.folder}: llama.cpp has no place for tensor {unmapped[1]} in {checkpoint.architecture}: "
+                "either config.json (number of layers?) is not of these weights, or the model is not built like this"
+            ) from e
         raise UnsupportedModelError(
             f"{checkpoint.folder}: llama.cpp's converter for {checkpoint.architecture} cannot handle {what}: "
             f"{_first_line(e)}"
@@ -187,24 +235,34 @@ def _translated(checkpoint: Checkpoint, what: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    if not text and isinstance(error, AssertionError):  # what it asserted is all there is to tell
+        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _loader(gguf: Any, data: Any, qtype: Any = None) -> Callable[[], npt.NDArray[Any]]:
+def _loader(gguf: Any, name: str, data: Any, qtype: Any = None) -> Callable[[], npt.NDArray[Any]]:
     """A function that reads a lazy tensor once; the upstream graph that computes it is let go with it.
 
     Upstream's lazy tensors keep every result they computed, so whoever kept them would end with the whole model in
-    memory.
+    memory. What upstream raises while it computes becomes an UnsupportedModelError.
     """
     types = gguf.GGMLQuantizationType
     graph = [data if qtype in (None, types.F32, types.F16, types.BF16) else gguf.quants.quantize(data, qtype)]
 
     def load() -> npt.NDArray[Any]:
         lazy = graph.pop()
-        if isinstance(lazy, gguf.LazyChunkedTensor):
-            chunks: npt.NDArray[Any] = np.concatenate([np.asarray(chunk()) for chunk in lazy._chunks])
-            return chunks.reshape(tuple(lazy.shape))
-        return cast("npt.NDArray[Any]", gguf.LazyNumpyTensor.to_eager(lazy))
+        try:
+            if isinstance(lazy, gguf.LazyChunkedTensor):
+                chunks: npt.NDArray[Any] = np.concatenate([np.asarray(chunk()) for chunk in lazy._chunks])
+                return chunks.reshape(tuple(lazy.shape))
+            return cast("npt.NDArray[Any]", gguf.LazyNumpyTensor.to_eager(lazy))
+        except MemoryError:
+            raise
+        except Exception as e:
+            logger.debug("upstream's converter failed", exc_info=True)
+            raise UnsupportedModelError(f"llama.cpp's converter cannot compute {name}: {_first_line(e)}") from e
 
     return load
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import struct
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter.errors import OutputError
+from ziggurat.converter.errors import OutputError, UnsupportedModelError
 
 ALIGNMENT = 32  # GGUF's default, which every reader assumes without a general.alignment key
 
@@ -89,6 +90,7 @@ class GGUFFile:
 
         Raises:
             OutputError: there is not enough space.
+            UnsupportedModelError: a metadata value does not fit its type.
         """
         from llama_cpp import _gguf as gguf
 
@@ -114,6 +116,20 @@ class GGUFFile:
             self._reserve(self._file.tell() + self.data_bytes)
         except OSError as e:
             raise self._write_error(e) from e
+        except (struct.error, TypeError, ValueError) as e:
+            raise UnsupportedModelError(f"the metadata {self._unwritable()} of the checkpoint cannot be stored") from e
+
+    def _unwritable(self) -> str:
+        """The first metadata key whose value does not fit the type that upstream gives it."""
+        from llama_cpp import _gguf as gguf
+
+        writer = gguf.GGUFWriter(path=None, arch=self._arch)
+        for key, entry in self._metadata.items():
+            try:
+                writer._pack_val(entry.value, entry.type, add_vtype=True, sub_type=entry.sub_type)
+            except (struct.error, TypeError, ValueError):
+                return f"{key} = {entry.value!r}"
+        return "or the tensor table"
 
     def write(self, data: npt.NDArray[np.uint8]) -> None:
         """Append bytes of the current tensor; a finished one is padded to the alignment.

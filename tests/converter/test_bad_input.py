@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +95,69 @@ def test_safetensors_cut_in_the_header(folder: Path, tmp_path: Path) -> None:
     refused(run(folder, tmp_path / "out.gguf"), "truncated")
 
 
+def header(folder: Path, content: bytes, length: int | None = None) -> None:
+    size = len(content) if length is None else length
+    (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + content + bytes(16))
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**40, 99_999_999, 1000])
+def test_a_header_longer_than_the_file(folder: Path, tmp_path: Path, length: int) -> None:
+    header(folder, b"{}", length)
+    refused(run(folder, tmp_path / "out.gguf"), "model.safetensors is truncated or no safetensors file")
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"a": ', b"\xff{}", b"[" * 100_000], ids=range(5))
+def test_a_header_that_is_no_table(folder: Path, tmp_path: Path, content: bytes) -> None:
+    header(folder, content)
+    refused(run(folder, tmp_path / "out.gguf"), "model.safetensors has a damaged header", "download it again")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        5,
+        {"dtype": "F32", "shape": [4]},
+        {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [-4], "data_offsets": [16, 0]},
+        {"dtype": "F32", "shape": ["4"], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4], "data_offsets": ["0", "16"]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]},
+    ],
+    ids=range(8),
+)
+def test_a_damaged_entry(folder: Path, tmp_path: Path, entry: object) -> None:
+    header(folder, json.dumps({"some.weight": entry}).encode())
+    refused(run(folder, tmp_path / "out.gguf"), "the entry of tensor some.weight is damaged")
+
+
+@pytest.mark.parametrize("dtype", ["F4", ["F32"]], ids=["unknown", "list"])
+def test_an_unknown_type_of_numbers(folder: Path, tmp_path: Path, dtype: object) -> None:
+    header(folder, json.dumps({"some.weight": {"dtype": dtype, "shape": [4], "data_offsets": [0, 16]}}).encode())
+    refused(run(folder, tmp_path / "out.gguf"), "tensor some.weight has the type")
+
+
+def test_tensors_that_overlap(folder: Path, tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    header(folder, json.dumps({"one.weight": entry, "other.weight": entry}).encode())
+    refused(run(folder, tmp_path / "out.gguf"), "one.weight and other.weight overlap")
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_an_index_that_does_not_fit_its_shards(folder: Path, tmp_path: Path) -> None:
+    names = {name: "model.safetensors" for name in load_file(folder / "model.safetensors")}
+    write_index(folder, {**names, "model.layers.9.mlp.up_proj.weight": "model.safetensors"})
+    refused(run(folder, tmp_path / "out.gguf"), "model.layers.9.mlp.up_proj.weight", "in no file")
+    del names["model.norm.weight"]
+    write_index(folder, names)
+    refused(run(folder, tmp_path / "out.gguf"), "holds tensor model.norm.weight", "does not list")
+    write_index(folder, {})
+    refused(run(folder, tmp_path / "out.gguf"), "no weight_map")
+
+
 def test_missing_shard(folder: Path, tmp_path: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -109,6 +174,50 @@ def test_tensor_of_a_wrong_shape(folder: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     edit_tensor(folder, lambda t: t.update({name: t[name][:, :256].copy()}))  # type: ignore[index]
     refused(run(folder, tmp_path / "out.gguf"), "blk.1.ffn_down.weight", "shape")
+
+
+def test_a_tensor_that_no_llama_has(folder: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.foo.weight"
+    edit_tensor(folder, lambda t: t.update({name: t["model.norm.weight"].copy()}))  # type: ignore[attr-defined]
+    refused(run(folder, tmp_path / "out.gguf"), f"no place for tensor {name} in LlamaForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_hidden_layers": 1}, ["model.layers.1.", "number of layers?"]),
+        ({"num_hidden_layers": 3}, ["blk.2.attn_norm.weight", "not found", "config.json"]),
+        ({"hidden_size": 512}, ["token_embd.weight", "wrong shape", "config.json"]),
+        ({"num_attention_heads": 7}, ["its tensors", "shape"]),
+        ({"num_attention_heads": 0}, ["its tensors", "ZeroDivisionError"]),
+        ({"num_hidden_layers": "two"}, ["its tensors", "TypeError"]),
+        ({"vocab_size": 100}, ["more tokens than the vocab_size in config.json"]),
+        ({"vocab_size": 5000}, ["token_embd.weight", "wrong shape", "5000"]),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_other_weights(
+    folder: Path, tmp_path: Path, changes: dict[str, object], words: list[str]
+) -> None:
+    edit(folder / "config.json", **changes)
+    refused(run(folder, tmp_path / "out.gguf"), *words)
+
+
+def test_a_vision_encoder(folder: Path, tmp_path: Path) -> None:
+    text = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", architectures=["CLIPModel"], text_config=text, vision_config={"hidden_size": 8})
+    refused(run(folder, tmp_path / "out.gguf"), "CLIPModel is not known")
+
+
+def test_libraries_warnings_are_not_the_users(folder: Path, tmp_path: Path) -> None:
+    """transformers warns when it reads this text model's configuration as that of a vision-language model."""
+    edit(folder / "config.json", architectures=["LlavaForConditionalGeneration"], model_type="llava")
+    refused(run(folder, tmp_path / "out.gguf"), "config.json")
+
+
+def test_a_value_that_no_gguf_can_hold(folder: Path, tmp_path: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"top_k": "many"}))
+    refused(run(folder, tmp_path / "out.gguf"), "general.sampling.top_k = 'many'")
 
 
 def test_missing_tensor(folder: Path, tmp_path: Path) -> None:
@@ -137,8 +246,11 @@ def test_missing_tokenizer(folder: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_tokenizer(folder: Path, tmp_path: Path) -> None:
-    (folder / "tokenizer.json").write_text("{}")
-    refused(run(folder, tmp_path / "out.gguf"), str(folder))
+    path = folder / "tokenizer.json"
+    text = path.read_text()
+    for content in ("{}", text[: len(text) // 2]):
+        path.write_text(content)
+        refused(run(folder, tmp_path / "out.gguf"), str(path), "copy the file again")
 
 
 def test_unknown_pre_tokenizer(folder: Path, tmp_path: Path) -> None:
@@ -151,7 +263,17 @@ def test_unknown_pre_tokenizer(folder: Path, tmp_path: Path) -> None:
 
 def test_pre_tokenizer_by_name(folder: Path, tmp_path: Path) -> None:
     """A name that llama.cpp does not know is found out before any weight is touched."""
-    refused(run(folder, tmp_path / "out.gguf", "--pre", "no-such-thing"), "no-such-thing")
+    refused(run(folder, tmp_path / "out.gguf", "--pre", "no-such-thing"), "no pre-tokenizer 'no-such-thing'", "--pre")
+
+
+def test_pre_tokenizer_where_there_is_none(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    refused(run(checkpoint("llama_untied"), tmp_path / "out.gguf", "--pre", "qwen2"), "'llama'", "leave --pre out")
+
+
+@pytest.mark.parametrize("option", ["--name", "--pre"])
+@pytest.mark.parametrize("value", ["", " ", "\udcff"], ids=["empty", "blank", "bytes"])
+def test_names_that_are_none(folder: Path, tmp_path: Path, option: str, value: str) -> None:
+    refused(run(folder, tmp_path / "out.gguf", option, value), f"{option} is empty or no text")
 
 
 def test_unknown_architecture(folder: Path, tmp_path: Path) -> None:
@@ -196,6 +318,7 @@ def test_types_that_need_an_importance_matrix(folder: Path, tmp_path: Path, type
 
 def test_unreadable_importance_matrix(folder: Path, tmp_path: Path) -> None:
     refused(run(folder, tmp_path / "out.gguf", "--imatrix", tmp_path / "none"), "does not exist")
+    refused(run(folder, tmp_path / "out.gguf", "--imatrix", tmp_path), "is a folder")
     legacy = tmp_path / "legacy.dat"
     legacy.write_bytes(bytes(64))
     refused(run(folder, tmp_path / "out.gguf", "--imatrix", legacy), "legacy")
@@ -210,6 +333,27 @@ def test_output_exists(folder: Path, tmp_path: Path) -> None:
 
 def test_output_folder_missing(folder: Path, tmp_path: Path) -> None:
     refused(run(folder, tmp_path / "no" / "out.gguf"), "does not exist")
+
+
+def test_report_in_a_missing_folder(folder: Path, tmp_path: Path) -> None:
+    refused(run(folder, tmp_path / "out.gguf", "--report", tmp_path / "no" / "report.json"), "does not exist")
+
+
+def test_report_in_the_output(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run(folder, tmp_path / "out.gguf", "--report", "out.gguf"), "cannot be the report as well")
+
+
+def test_output_in_place_of_the_weights(folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    refused(run(folder, folder / "model.safetensors", "--force"), "is a part of the checkpoint")
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_number_of_threads(folder: Path, tmp_path: Path, number: str) -> None:
+    result = run(folder, tmp_path / "out.gguf", "--threads", number)
+    assert result.exit_code == 2 and "--threads" in result.stderr
 
 
 def test_output_is_a_folder(folder: Path, tmp_path: Path) -> None:
@@ -232,6 +376,19 @@ def test_too_little_space_is_seen_before_the_work(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     refused(run(folder, tmp_path / "out.gguf"), "MB free", "make room")
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers", "sentencepiece", "huggingface_hub"])
+def test_installed_without_what_a_conversion_needs(folder: Path, tmp_path: Path, missing: str) -> None:
+    """`pip install ziggurat` alone runs models; the line says what converting them needs."""
+    model = "owner/name" if missing == "huggingface_hub" else str(folder)
+    code = f"import sys; sys.modules[{missing!r}] = None; from ziggurat.converter.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, model, str(tmp_path / "out.gguf")], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line == f"convert: error: {missing} is not installed: `pip install 'ziggurat[convert]'`"
 
 
 def test_unknown_type(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,8 +65,6 @@ def test_force_replaces(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 
 def test_sharded_checkpoint_gives_the_same_file(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """The index file decides what belongs to the model, wherever the tensors lie."""
-    import shutil
-
     from safetensors.numpy import load_file, save_file
 
     folder = Path(shutil.copytree(checkpoint("llama_gqa", dtype="float32"), tmp_path / "a" / "model"))
@@ -153,6 +152,52 @@ def test_the_final_name_appears_only_at_the_end(checkpoint: MakeCheckpoint, tmp_
     convert(checkpoint("llama_gqa"), out, progress=watching)
     assert out.exists() and watching.parameters > 0
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("model", "out", "where"),
+    [
+        ("Ein Türm 塔 1B", "out.gguf", "."),
+        ("./Ein Türm 塔 1B/", "ein Türm.塔", "."),  # any name will do for the output
+        (".", "../out.gguf", "Ein Türm 塔 1B"),
+        ("..", "out.gguf", "Ein Türm 塔 1B/inside"),
+    ],
+)
+def test_names_and_relative_paths(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, out: str, where: str
+) -> None:
+    """The model is called by its folder, however that was named on the command line."""
+    folder = Path(shutil.copytree(checkpoint("llama_gqa"), tmp_path / "Ein Türm 塔 1B"))
+    (folder / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / where)
+    report = convert(model, out)
+    assert report.name == "Ein Türm 塔 1B"
+    assert Path(out).read_bytes()[:4] == b"GGUF"
+
+
+def test_a_read_only_model_folder(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Root may write everywhere, so what counts is that nothing in the folder changed."""
+    folder = Path(shutil.copytree(checkpoint("llama_gqa"), tmp_path / "model"))
+    before = {path: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())}
+    for path in before:
+        path.chmod(0o555)
+    try:
+        convert(folder, tmp_path / "out.gguf")
+        assert {path: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())} == before
+    finally:
+        for path in before:
+            path.chmod(0o755)
+
+
+@pytest.mark.parametrize("card", [b"---\nname: [\n---\n", b"---\nname: \xff\n---\n"], ids=["yaml", "bytes"])
+def test_a_model_card_that_cannot_be_read(
+    checkpoint: MakeCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture, card: bytes
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("llama_gqa"), tmp_path / "model"))
+    (folder / "README.md").write_bytes(card)
+    report = convert(folder, tmp_path / "out.gguf")
+    assert report.name == "model"
+    assert any("README.md is left aside" in message for message in caplog.messages)
 
 
 def test_default_threads_follow_the_affinity(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

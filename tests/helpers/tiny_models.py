@@ -5,7 +5,7 @@ The weights are seeded. Rows of control tokens in the output are zero, so that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +148,7 @@ def _write_tokens(writer: gguf.GGUFWriter, tokens: Tokens) -> None:
     writer.add_add_bos_token(tokens.bos is not None)
 
 
-def _tensors(shape: Shape, tokens: Tokens, rng: np.random.Generator):
+def _tensors(shape: Shape, tokens: Tokens, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
     def normal(*extents: int) -> np.ndarray:
         return rng.normal(0, extents[-1] ** -0.5, extents).astype(np.float32)
 

@@ -67,12 +67,13 @@ def test_moved_hunks_are_written_anew(script, own_patches, tree, tmp_path):
 
 
 def test_what_fails_is_named_and_nothing_is_written(script, own_patches, tree):
-    edit(tree / BASE, "from transformers import AutoConfig", "from transformers import AutoConfig, AutoTokenizer")
-    before, digest = files(own_patches), file_sha256(tree / BASE)
+    only_one = BASE.replace("base.py", "__init__.py")  # a file that one patch touches alone
+    edit(tree / only_one, "from typing import Type", "from typing import Any, Type")
+    before, digest = files(own_patches), file_sha256(tree / only_one)
     report = script.refresh(own_patches, tree, Pin.read(own_patches))
-    assert report.failed == {"0003-conversion-import-effects.patch": [f"{BASE}: hunk 1"]}
+    assert report.failed == {"0003-conversion-import-effects.patch": [f"{only_one}: hunk 1"]}
     assert files(own_patches) == before
-    assert file_sha256(tree / BASE) == digest and (tree / f"{BASE}.rej").exists()
+    assert file_sha256(tree / only_one) == digest and (tree / f"{only_one}.rej").exists()
 
 
 def test_a_file_that_is_gone_is_named(script, own_patches, tree):

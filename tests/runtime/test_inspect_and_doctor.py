@@ -177,7 +177,7 @@ def test_doctor_names_each_problem_and_its_remedy(
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert "NVIDIA A40, compute capability 8.6" in out
-    assert "GGML_CUDA=on" in out
+    assert "ZIGGURAT_CUDA=on" in out
     assert "convert needs torch" in out
 
 
