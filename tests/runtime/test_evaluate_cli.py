@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import tiny_models
+from models.exact_copy import CopyModel, write_gguf
 from ziggurat.runtime import cli, eval_parts
 from ziggurat.runtime.evaluate import reference
 
@@ -144,6 +145,15 @@ def test_needle(run: Run, chat_path: Path, tmp_path: Path) -> None:
     assert [one["facts"] for one in figures["grids"]] == [1, 2]
     assert "2 facts, one asked" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_copies_exactly_finds_every_token(run: Run, tmp_path: Path) -> None:
+    path, report = tmp_path / "copy.gguf", tmp_path / "r.json"
+    write_gguf(CopyModel(context=2048), path)
+    grid = ("--needle-lengths", "300,700", "--needle-facts", "1,6", "--needle-trials", 1)
+    assert run(path, "--needle", "--needle-form", "tokens", *grid, "--json", report)[0] == 0
+    figures = json.loads(report.read_text())["needle"]
+    assert (figures["accuracy"], figures["trials"]) == (1.0, 20)
 
 
 def test_generated_documents_are_deterministic_jsonl(run: Run, spm_path: Path, tmp_path: Path) -> None:
