@@ -21,9 +21,6 @@ from ziggurat.runtime.evaluate.logits_file import LLAMA_CPP_MAGIC, MAGIC, Logits
 from ziggurat.runtime.evaluate.monitor import Monitor
 from ziggurat.runtime.evaluate.scoring import Float32, log_softmax
 
-# lossless: every type a checkpoint is stored in has a GGUF type of the same name
-_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-
 
 class Reference(Protocol):
     """Gives the reference's log-probabilities step by step. What is at or below ``floor`` counts as no mass."""
@@ -112,16 +109,18 @@ def is_logits_file(path: Path) -> bool:
 
 @contextlib.contextmanager
 def as_gguf(folder: Path, announce: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
-    """Convert a Hugging Face folder to a temporary GGUF of the type its weights are stored in, deleted at the end.
+    """Convert a Hugging Face folder to a temporary F32 GGUF, deleted at the end.
 
-    The converter runs as the ``convert`` command in a process of its own: the runtime knows neither it nor torch.
+    F32 holds every checkpoint exactly and is computed in F32; with BF16 weights llama.cpp rounds activations to 8 bits
+    of mantissa, which is itself a divergence of the size of a good 8-bit quantization's. It takes twice the room of a
+    16-bit checkpoint: for large models convert once, with ``--type f16``, and give that file. The converter runs as the ``convert`` command in a process of its own: the runtime knows neither it nor torch.
     Raises InvalidRequestError when the folder is no checkpoint, ZigguratError with the converter's own line.
     """
-    kind = _stored_type(folder)
+    _check_checkpoint(folder)
     with tempfile.TemporaryDirectory(prefix="ziggurat-reference-") as place:
         target = Path(place) / "reference.gguf"
-        announce(f"converting {folder} to a temporary {kind} GGUF as the reference")
-        command = [sys.executable, "-m", "ziggurat.runtime", "convert", str(folder), str(target), "--type", kind]
+        announce(f"converting {folder} to a temporary f32 GGUF as the reference")
+        command = [sys.executable, "-m", "ziggurat.runtime", "convert", str(folder), str(target), "--type", "f32"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode or not target.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
@@ -130,16 +129,13 @@ def as_gguf(folder: Path, announce: Callable[[str], None] = lambda _: None) -> I
         yield target
 
 
-def _stored_type(folder: Path) -> str:
+def _check_checkpoint(folder: Path) -> None:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        text = config.get("text_config")
-        stored = [part.get(key) for part in (config, text or {}) for key in ("dtype", "torch_dtype")]
-    except (OSError, ValueError, AttributeError):
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         raise InvalidRequestError(
             f"--against {folder}: holds no readable config.json; give a Hugging Face folder, a GGUF or a logits file"
         ) from None
-    return next((_TYPES[name] for name in stored if name in _TYPES), "f32")
 
 
 def fingerprint(vocab: Vocab) -> str:

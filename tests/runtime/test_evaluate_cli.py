@@ -103,7 +103,7 @@ def test_a_folder_goes_through_the_converter(
     assert code == 0
     assert "converting" in err
     assert commands[0][1:5] == ["-m", "ziggurat.runtime", "convert", str(folder)]
-    assert commands[0][6:] == ["--type", "bf16"]
+    assert commands[0][6:] == ["--type", "f32"]
     assert not Path(commands[0][5]).exists()
     figures = json.loads(report.read_text())
     assert figures["kl_divergence"] == 0.0
