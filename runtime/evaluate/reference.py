@@ -111,9 +111,11 @@ def is_logits_file(path: Path) -> bool:
 def as_gguf(folder: Path, announce: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
     """Convert a Hugging Face folder to a temporary F32 GGUF, deleted at the end.
 
-    F32 holds every checkpoint exactly and is computed in F32; with BF16 weights llama.cpp rounds activations to 8 bits
-    of mantissa, which is itself a divergence of the size of a good 8-bit quantization's. It takes twice the room of a
-    16-bit checkpoint: for large models convert once, with ``--type f16``, and give that file. The converter runs as the ``convert`` command in a process of its own: the runtime knows neither it nor torch.
+    F32 holds every checkpoint exactly and is computed in F32. On a CPU llama.cpp rounds activations to the type of the
+    weights: with BF16 that alone was a mean divergence of 9e-5 nats on a small model, with F16 2e-6. F32 takes twice
+    the room of a 16-bit checkpoint: for large models convert once, with ``--type f16``, and give that file. The
+    converter runs as the ``convert`` command in a process of its own: the runtime knows neither it nor torch.
+
     Raises InvalidRequestError when the folder is no checkpoint, ZigguratError with the converter's own line.
     """
     _check_checkpoint(folder)
