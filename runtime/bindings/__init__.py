@@ -1,7 +1,8 @@
 """The only room that touches llama.cpp's C API: typed, documented, and safe to call from Python.
 
 ``library`` finds and probes it, ``model`` and ``vocab`` hold weights and tokens, ``context`` and ``batch`` decode,
-``sampler`` chooses, ``log`` turns its log into reasons, ``abort`` stops it. Everything that would make the library
+``sampler`` chooses, ``memory`` and ``simulation`` say what is or would be allocated, ``log`` turns its log into
+reasons, ``abort`` stops it. Everything that would make the library
 abort the process (a token id out of range, logits never computed, an oversized batch) is an exception here.
 """
 
@@ -9,8 +10,10 @@ from ziggurat.runtime.bindings.abort import AbortFlag
 from ziggurat.runtime.bindings.batch import Batch
 from ziggurat.runtime.bindings.context import CACHE_TYPES, FLASH_ATTENTION, Context, ContextSettings
 from ziggurat.runtime.bindings.library import Device, LibraryInfo, devices, probe, supports_gpu_offload, system_info
+from ziggurat.runtime.bindings.memory import BufferMemory, can_measure, measure
 from ziggurat.runtime.bindings.model import Model
 from ziggurat.runtime.bindings.sampler import SamplerChain
+from ziggurat.runtime.bindings.simulation import Simulation
 from ziggurat.runtime.bindings.vocab import Vocab
 
 __all__ = [
@@ -18,14 +21,18 @@ __all__ = [
     "FLASH_ATTENTION",
     "AbortFlag",
     "Batch",
+    "BufferMemory",
     "Context",
     "ContextSettings",
     "Device",
     "LibraryInfo",
     "Model",
     "SamplerChain",
+    "Simulation",
     "Vocab",
+    "can_measure",
     "devices",
+    "measure",
     "probe",
     "supports_gpu_offload",
     "system_info",

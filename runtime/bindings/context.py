@@ -19,7 +19,8 @@ from ziggurat.runtime.errors import ContextError, DecodeAborted, DecodeError, En
 CACHE_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 #: What ``ContextSettings.flash_attention`` may be; auto takes it where the device supports it.
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
-_MAX_CTX = 2**31 - 1024
+#: KV rows a context can have, all sequences together.
+MAX_ROWS = 2**31 - 1024
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class ContextSettings:
         for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.n_ctx * self.n_seq_max > _MAX_CTX:
-            raise InvalidRequestError(f"a context of {self.n_ctx} x {self.n_seq_max} rows is beyond {_MAX_CTX}")
+        if self.n_ctx * self.n_seq_max > MAX_ROWS:
+            raise InvalidRequestError(f"a context of {self.n_ctx} x {self.n_seq_max} rows is beyond {MAX_ROWS}")
         for name in (self.type_k, self.type_v):
             if name not in CACHE_TYPES:
                 raise InvalidRequestError(f"cache type {name!r} is unknown; take one of {', '.join(CACHE_TYPES)}")
@@ -132,6 +133,8 @@ class Context:
         fit (nothing was changed), DecodeAborted when ``abort`` was set, DecodeError otherwise. After the last two the
         rows of finished ubatches remain: clear the sequences concerned.
         """
+        if self.model.simulated:
+            raise ContextError("this context was made to be measured and has no memory to compute in")
         self.model.vocab.check(batch.tokens)
         self._outputs = frozenset()
         with library.log.capture() as lines:

@@ -80,14 +80,14 @@ def _load() -> Any:
     api.ziggurat_log_callback = api.llama_log_callback(log.receive)
     api.llama_log_set(api.ziggurat_log_callback, None)
     api.llama_backend_init()
-    if _function(api, "ggml_backend_reg_count", ctypes.c_size_t)() == 0:
+    if function(api, "ggml_backend_reg_count", ctypes.c_size_t)() == 0:
         # A build with one CPU library per instruction set finds them only when told where they lie.
         folder = str(api._base_path).encode()
-        _function(api, "ggml_backend_load_all_from_path", None, ctypes.c_char_p)(folder)
+        function(api, "ggml_backend_load_all_from_path", None, ctypes.c_char_p)(folder)
     return api
 
 
-def _function(api: Any, name: str, restype: Any, *argtypes: Any) -> Any:
+def function(api: Any, name: str, restype: Any, *argtypes: Any) -> Any:
     """Bind a C function that llama_cpp does not; libllama's handle finds those of libggml as well."""
     function = getattr(api._lib, name)
     function.restype = restype
@@ -113,22 +113,22 @@ def probe() -> LibraryInfo:
         package_version = "unknown"
     patches: str | None = None
     if hasattr(lib._lib, "ziggurat_version"):
-        patches = _text(_function(lib, "ziggurat_version", ctypes.c_char_p)())
-    return LibraryInfo(str(lib._lib._name), package_version, _text(lib.llama_version()), patches)
+        patches = text(function(lib, "ziggurat_version", ctypes.c_char_p)())
+    return LibraryInfo(str(lib._lib._name), package_version, text(lib.llama_version()), patches)
 
 
 def devices() -> list[Device]:
     """List the devices of all loaded backends with their memory. Raises LibraryError without a library."""
     lib = api()
-    get = _function(lib, "ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
-    describe = _function(lib, "ggml_backend_dev_get_props", None, ctypes.c_void_p, ctypes.POINTER(_DeviceProps))
+    get = function(lib, "ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    describe = function(lib, "ggml_backend_dev_get_props", None, ctypes.c_void_p, ctypes.POINTER(_DeviceProps))
     found = []
-    for index in range(_function(lib, "ggml_backend_dev_count", ctypes.c_size_t)()):
+    for index in range(function(lib, "ggml_backend_dev_count", ctypes.c_size_t)()):
         props = _DeviceProps()
         describe(get(index), ctypes.byref(props))
         kind = _DEVICE_KINDS.get(props.type, "unknown")
         found.append(
-            Device(_text(props.name), _text(props.description).strip(), kind, props.memory_free, props.memory_total)
+            Device(text(props.name), text(props.description).strip(), kind, props.memory_free, props.memory_total)
         )
     return found
 
@@ -137,7 +137,7 @@ def system_info() -> dict[str, list[str]]:
     """Return the features compiled in and usable, by backend: ``{"CPU": ["AVX2", "FMA", …]}``."""
     features: dict[str, list[str]] = {}
     backend = "library"
-    for part in _text(api().llama_print_system_info()).split("|"):
+    for part in text(api().llama_print_system_info()).split("|"):
         head, colon, tail = part.rpartition(" : ")
         if colon:
             backend = head.strip()
@@ -152,5 +152,6 @@ def supports_gpu_offload() -> bool:
     return bool(api().llama_supports_gpu_offload())
 
 
-def _text(value: bytes | None) -> str:
+def text(value: bytes | None) -> str:
+    """Decode a C string, NULL as an empty one."""
     return (value or b"").decode("utf-8", errors="replace")

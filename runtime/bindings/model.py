@@ -23,6 +23,8 @@ class Model:
 
     ``gpu_layers``: how many layers go to the GPU, None for all that a GPU build can take. ``progress`` is called with
     0.0 to 1.0 from the loading thread; the load stops when it returns False. ``vocab_only`` loads no weights.
+    ``simulated`` reads none either and lets contexts be made that allocate nothing, to be measured and not computed
+    with.
 
     Close it (or leave its ``with`` block) when done: its contexts are closed first. Not safe from several threads,
     except for ``vocab`` and the read-only properties.
@@ -34,12 +36,17 @@ class Model:
         *,
         gpu_layers: int | None = None,
         vocab_only: bool = False,
+        simulated: bool = False,
         progress: Callable[[float], bool] | None = None,
     ) -> None:
         lib = self._lib = library.api()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = -1 if gpu_layers is None else gpu_layers
         params.vocab_only = vocab_only
+        self.simulated = simulated
+        if simulated:
+            params.no_alloc = True
+            params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # the library aborts on a mapped file here
         watch = _LoadWatch(progress)
         callback = lib.llama_progress_callback(watch)  # alive until the call returns, which is as long as C needs it
         params.progress_callback = callback
