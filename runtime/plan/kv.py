@@ -1,9 +1,8 @@
-"""Arithmetic over a model's shape: what its weights and its KV rows take, before anything is loaded.
+"""What KV rows take: arithmetic over the shape of a model's attention.
 
-Figures are those of llama.cpp's allocation with flash attention (without it, V rows are padded to the widest layer's)
-and agree with it to the byte; where a family keeps something else than plain rows per layer, ``KVShape.exact`` is
-False and callers say so. Source: ``llama-kv-cache.cpp``, ``llama-kv-cache-iswa.cpp`` and the ``load_arch_hparams`` of
-each architecture.
+Figures agree with llama.cpp's allocation to the byte; where a family keeps something else than plain rows per layer,
+``KVShape.exact`` is False and callers say so. Source: ``llama-kv-cache.cpp``, ``llama-kv-cache-iswa.cpp`` and the
+``load_arch_hparams`` of each architecture.
 """
 
 from __future__ import annotations
@@ -136,14 +135,23 @@ def _per_layer(model: GGUFFile, key: str, n_layer: int) -> tuple[int, ...] | Non
 
 
 def _windows(model: GGUFFile, arch: str, n_layer: int) -> tuple[int, ...]:
+    window = model.integer(f"{arch}.attention.sliding_window")
+    listed = model.array(f"{arch}.attention.sliding_window_pattern")
+    if listed is not None and (arch in _SLIDING or arch in _LISTED):
+        return tuple((window or 0) if slides else 0 for slides in listed[:n_layer])
+    return sliding_windows(arch, n_layer, window, model.integer(f"{arch}.attention.sliding_window_pattern"))
+
+
+def sliding_windows(arch: str, n_layer: int, window: int | None, period: int | None = None) -> tuple[int, ...]:
+    """Return the window of each layer, 0 for those that see everything, as an architecture of llama.cpp lays them out.
+
+    ``window`` and ``period`` (every how many layers one is full) are what the model's metadata says, None where absent.
+    """
     layout = _SLIDING.get(arch)
-    window = model.integer(f"{arch}.attention.sliding_window") or (layout.default if layout else 0)
+    window = window or (layout.default if layout else 0)
     if not window or (layout is None and arch not in _LISTED):
         return (0,) * n_layer
-    listed = model.array(f"{arch}.attention.sliding_window_pattern")
-    if listed is not None:
-        return tuple(window if slides else 0 for slides in listed[:n_layer])
-    period = model.integer(f"{arch}.attention.sliding_window_pattern") or (layout.period if layout else 0)
+    period = period or (layout.period if layout else 0)
     full = 0 if layout and layout.full_first else period - 1
     return tuple(0 if period and layer % period == full else window for layer in range(n_layer))
 
@@ -163,10 +171,14 @@ def row_bytes(width: int, cache_type: str) -> int:
     return width // block * block_bytes
 
 
-def bytes_per_token(shape: KVShape, type_k: str = "f16", type_v: str = "f16") -> tuple[int, ...]:
-    """Bytes that one token's K and V rows take in each layer."""
+def bytes_per_token(
+    shape: KVShape, type_k: str = "f16", type_v: str = "f16", *, flash_attention: bool = True
+) -> tuple[int, ...]:
+    """Bytes that one token's K and V rows take in each layer; without flash attention all V rows are the widest's."""
+    widest = max(shape.value_width(layer) for layer in range(shape.n_layer))
     return tuple(
-        row_bytes(shape.key_width(layer), type_k) + row_bytes(shape.value_width(layer), type_v)
+        row_bytes(shape.key_width(layer), type_k)
+        + row_bytes(shape.value_width(layer) if flash_attention else widest, type_v)
         for layer in range(shape.n_layer)
     )
 
@@ -180,6 +192,23 @@ def rows_per_layer(shape: KVShape, n_ctx: int, *, n_ubatch: int = 512, swa_full:
     return tuple(full if swa_full or not window else padded(min(full, window + n_ubatch)) for window in shape.window)
 
 
+def kv_bytes_per_layer(
+    shape: KVShape,
+    n_ctx: int,
+    *,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    n_seq: int = 1,
+    n_ubatch: int = 512,
+    swa_full: bool = False,
+    flash_attention: bool = True,
+) -> tuple[int, ...]:
+    """Bytes the library allocates in each layer for the rows of ``n_seq`` sequences of ``n_ctx`` tokens each."""
+    rows = rows_per_layer(shape, n_ctx, n_ubatch=n_ubatch, swa_full=swa_full)
+    per_row = bytes_per_token(shape, type_k, type_v, flash_attention=flash_attention)
+    return tuple(n_seq * n * size for n, size in zip(rows, per_row, strict=True))
+
+
 def kv_bytes(
     shape: KVShape,
     n_ctx: int,
@@ -189,10 +218,21 @@ def kv_bytes(
     n_seq: int = 1,
     n_ubatch: int = 512,
     swa_full: bool = False,
+    flash_attention: bool = True,
 ) -> int:
     """Bytes the library allocates for the KV cache of ``n_seq`` sequences of ``n_ctx`` tokens each."""
-    rows = rows_per_layer(shape, n_ctx, n_ubatch=n_ubatch, swa_full=swa_full)
-    return n_seq * sum(n * per_row for n, per_row in zip(rows, bytes_per_token(shape, type_k, type_v), strict=True))
+    return sum(
+        kv_bytes_per_layer(
+            shape,
+            n_ctx,
+            type_k=type_k,
+            type_v=type_v,
+            n_seq=n_seq,
+            n_ubatch=n_ubatch,
+            swa_full=swa_full,
+            flash_attention=flash_attention,
+        )
+    )
 
 
 def rows_held(shape: KVShape, n_tokens: int, allocated: Sequence[int]) -> tuple[int, ...]:

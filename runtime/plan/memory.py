@@ -1,0 +1,203 @@
+"""The memory plan: what a model and its context take, by kind and by device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ziggurat.runtime.bindings.context import ContextSettings
+from ziggurat.runtime.bindings.memory import BufferMemory
+from ziggurat.runtime.plan.compute import compute_bytes, ubatch
+from ziggurat.runtime.plan.kv import check_cache_types, kv_bytes_per_layer, padded
+from ziggurat.runtime.plan.outline import Outline
+
+HOST = "CPU"
+#: Name of the device in a plan that was not made by asking the library.
+GPU = "GPU"
+_F32 = 4
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What one device holds, in bytes. ``context`` are KV rows, ``output`` the logits that are read back."""
+
+    device: str
+    weights: int = 0
+    context: int = 0
+    compute: int = 0
+    output: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.context + self.compute + self.output
+
+    @property
+    def fixed(self) -> int:
+        """What is not weights: on the host it has to stay in memory, while weights are mapped from the file."""
+        return self.total - self.weights
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a model and a context of these settings take, in bytes; ``devices`` begins with the host.
+
+    ``kv_per_layer`` holds the rows of all conversations together, empty for models without attention. ``measured``
+    says that the library was asked, ``weights_exact`` that the weights are a file's and not an estimate. Not counted:
+    the library's own objects, among them 52 bytes per cell of the cache, and scratch memory of the CPU's threads.
+    """
+
+    path: Path
+    settings: ContextSettings
+    devices: tuple[DeviceMemory, ...]
+    kv_per_layer: tuple[int, ...]
+    kv_exact: bool
+    weights_exact: bool
+    measured: bool
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights on all devices."""
+        return sum(device.weights for device in self.devices)
+
+    @property
+    def context(self) -> int:
+        """Bytes of KV rows (and recurrent state, where it is known) on all devices."""
+        return sum(device.context for device in self.devices)
+
+    @property
+    def compute(self) -> int:
+        """Bytes of the graph's temporaries on all devices."""
+        return sum(device.compute for device in self.devices)
+
+    @property
+    def output(self) -> int:
+        """Bytes of the logits that are read back."""
+        return sum(device.output for device in self.devices)
+
+    @property
+    def total(self) -> int:
+        """Bytes on all devices."""
+        return sum(device.total for device in self.devices)
+
+    @property
+    def host(self) -> DeviceMemory:
+        """What lies in the host's memory."""
+        return self.devices[0]
+
+    @property
+    def gpus(self) -> tuple[DeviceMemory, ...]:
+        """What lies elsewhere."""
+        return self.devices[1:]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as ``ziggurat plan --json`` writes it; sizes in bytes."""
+        settings = self.settings
+        return {
+            "ctx": settings.n_ctx,
+            "ctx_allocated": padded(settings.n_ctx),
+            "parallel": settings.n_seq_max,
+            "ubatch": settings.n_ubatch,
+            "cache_type_k": settings.type_k,
+            "cache_type_v": settings.type_v,
+            "flash_attention": settings.flash_attention,
+            "weights_bytes": self.weights,
+            "weights_exact": self.weights_exact,
+            "kv_bytes": self.context,
+            "kv_bytes_per_layer": list(self.kv_per_layer),
+            "kv_exact": self.kv_exact,
+            "compute_bytes": self.compute,
+            "output_bytes": self.output,
+            "total_bytes": self.total,
+            "measured": self.measured,
+            "devices": [{**dataclasses.asdict(device), "total": device.total} for device in self.devices],
+        }
+
+
+def plan_memory(model: Outline, settings: ContextSettings, *, gpu_layers: int = 0) -> MemoryPlan:
+    """Plan by arithmetic alone. ``gpu_layers`` counts as llama.cpp does: the last layers, the output first of all.
+
+    With layers on a GPU the split is that of one GPU; host and GPU each get the whole estimate of the compute buffers,
+    since each computes its own part of the graph. Raises UnsupportedError for cache types that do not fit the heads.
+    """
+    n_ctx = padded(settings.n_ctx)
+    n_ubatch = ubatch(n_ctx, settings.n_seq_max, settings.n_batch, settings.n_ubatch)
+    per_layer = _kv(model, settings, n_ubatch)
+    compute = compute_bytes(
+        model,
+        n_ctx,
+        settings.n_seq_max,
+        n_ubatch,
+        flash_attention=settings.flash_attention != "off",
+        swa_full=settings.swa_full,
+    )
+    devices = [DeviceMemory(HOST, model.weights.total, sum(per_layer), compute, _output(model, settings))]
+    if gpu_layers > 0:
+        devices = _split(model, devices[0], per_layer, gpu_layers)
+    return MemoryPlan(
+        path=model.path,
+        settings=settings,
+        devices=tuple(devices),
+        kv_per_layer=per_layer,
+        kv_exact=model.kv is None or model.kv.exact,
+        weights_exact=model.weights.exact,
+        measured=False,
+    )
+
+
+def measured_plan(model: Outline, settings: ContextSettings, buffers: Iterable[BufferMemory]) -> MemoryPlan:
+    """Plan with what the library says that it allocates; only ``kv_per_layer`` and ``output`` are arithmetic."""
+    n_ubatch = ubatch(padded(settings.n_ctx), settings.n_seq_max, settings.n_batch, settings.n_ubatch)
+    sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    sums[HOST]["output"] = _output(model, settings)
+    for buffer in buffers:
+        sums[buffer.device].update(weights=buffer.weights, context=buffer.context, compute=buffer.compute)
+    devices = [DeviceMemory(name, **sizes) for name, sizes in sums.items()]
+    per_layer = _kv(model, settings, n_ubatch)
+    return MemoryPlan(
+        path=model.path,
+        settings=settings,
+        devices=tuple(devices),
+        kv_per_layer=per_layer,
+        kv_exact=sum(per_layer) == sum(device.context for device in devices),
+        weights_exact=True,
+        measured=True,
+    )
+
+
+def _kv(model: Outline, settings: ContextSettings, n_ubatch: int) -> tuple[int, ...]:
+    if model.kv is None:
+        return ()
+    check_cache_types(model.kv, settings.type_k, settings.type_v)
+    return kv_bytes_per_layer(
+        model.kv,
+        settings.n_ctx,
+        type_k=settings.type_k,
+        type_v=settings.type_v,
+        n_seq=settings.n_seq_max,
+        n_ubatch=n_ubatch,
+        swa_full=settings.swa_full,
+        flash_attention=settings.flash_attention != "off",
+    )
+
+
+def _output(model: Outline, settings: ContextSettings) -> int:
+    """Logits of one token per conversation; a batch that asks for more lets the buffer grow."""
+    return model.n_vocab * settings.n_seq_max * _F32
+
+
+def _split(model: Outline, all_of_it: DeviceMemory, per_layer: tuple[int, ...], gpu_layers: int) -> list[DeviceMemory]:
+    weights = model.weights
+    n_layer = len(weights.layers)
+    first = max(n_layer + 1 - gpu_layers, 0)
+    on_gpu = weights.output + sum(weights.layers[first:])
+    copy = weights.embedding if weights.tied else 0
+    rows = sum(per_layer[first:])
+    return [
+        dataclasses.replace(all_of_it, weights=all_of_it.weights - on_gpu, context=all_of_it.context - rows),
+        DeviceMemory(GPU, on_gpu + copy, rows, all_of_it.compute),
+    ]
