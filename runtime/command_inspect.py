@@ -14,6 +14,8 @@ from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
 from ziggurat.runtime.options import cache_options
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ziggurat.runtime.gguf_file import GGUFFile
     from ziggurat.runtime.plan import KVShape
 
@@ -43,7 +45,10 @@ def tensor_group(name: str) -> str:
 @cache_options
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
 def inspect(model: Path, contexts: str | None, cache_type_k: str, cache_type_v: str, as_json: bool) -> int:
-    """Show architecture, sizes, types by tensor group and KV memory of MODEL.gguf."""
+    """Show architecture, sizes, types by tensor group and memory by context of MODEL.gguf.
+
+    Compute buffers are an estimate here; ziggurat plan asks the library.
+    """
     from ziggurat.runtime.gguf_file import read_gguf
 
     wanted = _parse_contexts(contexts) if contexts is not None else None
@@ -82,6 +87,7 @@ def describe(file: GGUFFile, contexts: list[int] | None, type_k: str, type_v: st
         },
         "tensors": _groups(file),
         "kv": _kv(file, contexts, type_k, type_v),
+        "memory": _memory(file, contexts, type_k, type_v),
         "ziggurat": {key: value for key in file.fields if key.startswith("ziggurat.") for value in [_plain(file, key)]},
     }
 
@@ -147,6 +153,35 @@ def _kv(file: GGUFFile, contexts: list[int] | None, type_k: str, type_v: str) ->
     }
 
 
+def _memory(file: GGUFFile, contexts: list[int] | None, type_k: str, type_v: str) -> dict[str, Any] | None:
+    from ziggurat.runtime.bindings.context import ContextSettings
+    from ziggurat.runtime.plan import outline, plan_memory
+    from ziggurat.runtime.plan.machine import this_machine
+
+    model, machine = outline(file), this_machine()
+    if model.kv is None:
+        return None
+    rows = []
+    for n_ctx in contexts or _default_contexts(model.kv):
+        planned = plan_memory(model, ContextSettings(n_ctx, type_k=type_k, type_v=type_v))
+        rows.append(
+            {
+                "ctx": n_ctx,
+                "kv_bytes": planned.context,
+                "compute_bytes": planned.compute,
+                "output_bytes": planned.output,
+                "total_bytes": planned.total,
+                "fits_memory": planned.total <= machine.available,
+                "fits_gpu": planned.total <= machine.gpu_free,
+            }
+        )
+    return {
+        "available_bytes": machine.available,
+        "gpu_free_bytes": machine.gpu_free,
+        "contexts": rows,
+    }
+
+
 def _once(values: tuple[int, ...]) -> int | list[int]:
     return values[0] if len(set(values)) == 1 else list(values)
 
@@ -191,16 +226,26 @@ def _show(report: dict[str, Any]) -> None:
     if kv is None:
         console.print("No attention, so no KV cache.")
         return
-    memory = Table(
-        title=f"KV cache, {kv['type_k']}/{kv['type_v']}, one conversation", title_justify="left", title_style="bold"
-    )
-    for column in ("context", "KV", "with the weights"):
-        memory.add_column(column, justify="right")
-    for n_ctx, size in kv["bytes_at_context"].items():
-        memory.add_row(f"{int(n_ctx):,}", human_bytes(size), human_bytes(size + report["weights_bytes"]))
-    console.print(memory)
+    console.print(_memory_table(report["memory"], f"Memory, one conversation, KV {kv['type_k']}/{kv['type_v']}"))
     if not kv["exact"]:
         console.print("This family does not keep plain rows in every layer: take the KV figures as an upper estimate.")
+
+
+def _memory_table(memory: dict[str, Any], title: str) -> Table:
+    from rich.table import Table
+
+    from ziggurat.runtime.sizes import human_bytes
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    places = {"fits_memory": f"fits {human_bytes(memory['available_bytes'])} free"}
+    if memory["gpu_free_bytes"]:
+        places["fits_gpu"] = f"fits {human_bytes(memory['gpu_free_bytes'])} of GPU"
+    for column in ("context", "KV", "compute (estimate)", "with the weights", *places.values()):
+        table.add_column(column, justify="right")
+    for row in memory["contexts"]:
+        sizes = (human_bytes(row[key]) for key in ("kv_bytes", "compute_bytes", "total_bytes"))
+        table.add_row(f"{row['ctx']:,}", *sizes, *("yes" if row[key] else "no" for key in places))
+    return table
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -37,6 +37,10 @@ class ModelLoadError(ZigguratError):
     """The library refused a model; the message carries its reason."""
 
 
+class MemoryShortageError(ZigguratError):
+    """A model with these settings can never fit into this machine's memory; nothing was loaded."""
+
+
 class ContextError(ZigguratError):
     """The library refused a context (memory, cache types), or a batch does not fit it."""
 

@@ -34,6 +34,13 @@ def memory() -> tuple[int, int]:
     return int(state.total), int(state.available)
 
 
+def swap() -> int:
+    """Return the size of the machine's swap space in bytes."""
+    import psutil
+
+    return int(psutil.swap_memory().total)
+
+
 def nvidia_gpus() -> list[Gpu]:
     """Ask the driver through ``nvidia-smi``; an empty list without one, or when it does not answer within 10 s."""
     program = shutil.which("nvidia-smi")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ziggurat.runtime import plan
-from ziggurat.runtime.bindings import Context, ContextSettings, Model
+from ziggurat.runtime.bindings import Context, ContextSettings, Model, devices, supports_gpu_offload
 from ziggurat.runtime.engine import ModelInfo
-from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
+from ziggurat.runtime.errors import InvalidRequestError, MemoryShortageError, UnsupportedError
 from ziggurat.runtime.generation import KVFigures
 from ziggurat.runtime.gguf_file import GGUFFile, read_gguf
 from ziggurat.runtime.hardware import default_threads
+from ziggurat.runtime.plan.machine import impossible, shortage, this_machine
 from ziggurat.runtime.prompts import PromptEncoder
+
+_logger = logging.getLogger(__name__)
 
 #: Context taken when none is asked for: the model's own, but no more than this.
 DEFAULT_CTX = 8192
@@ -60,20 +64,23 @@ class Loaded:
 def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callable[[float], bool]) -> Loaded:
     """Check the file, load the model, make the context. ``proceed`` gets 0.0 to 1.0 and stops the load with False.
 
-    Raises ModelFileError, ModelLoadError, UnsupportedError, ContextError, TemplateError, LibraryError; nothing stays
-    allocated then.
+    What is short of memory is logged as a warning before anything is loaded, and refused when it can never fit.
+
+    Raises ModelFileError, MemoryShortageError, ModelLoadError, UnsupportedError, ContextError, TemplateError,
+    LibraryError; nothing stays allocated then.
     """
     file = read_gguf(path)
     shape = _shape(file)
     if shape is not None:
         plan.check_cache_types(shape, settings.type_k, settings.type_v)
+    _check_memory(file, settings)
     model = Model(path, gpu_layers=settings.gpu_layers, progress=proceed)
     try:
         if not model.generates_text:
             raise UnsupportedError(
                 f"{os.fspath(path)}: a {file.architecture} model does not generate text token by token"
             )
-        n_ctx = settings.n_ctx or min(model.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+        n_ctx = _n_ctx(settings, model.n_ctx_train)
         context = Context(model, _context_settings(settings, n_ctx))
         kv = _kv_figures(shape, settings, n_ctx)
         info = ModelInfo(
@@ -91,6 +98,32 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
     except BaseException:
         model.close()
         raise
+
+
+def _n_ctx(settings: EngineSettings, n_ctx_train: int) -> int:
+    return settings.n_ctx or min(n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+
+
+def _check_memory(file: GGUFFile, settings: EngineSettings) -> None:
+    """Compare the plan with the machine: by arithmetic, since asking the library would double the time of a start.
+
+    Devices that the library does not offload to are not looked at. Of a GPU's shortage the library itself says best
+    what is wrong, so that is never refused here.
+    """
+    model = plan.outline(file)
+    offload = supports_gpu_offload()
+    free = [device.memory_free for device in devices() if device.kind == "gpu"] if offload else []
+    every_layer = len(model.weights.layers) + 1
+    gpu_layers = every_layer if settings.gpu_layers is None else settings.gpu_layers
+    context = _context_settings(settings, _n_ctx(settings, model.n_ctx_train))
+    planned = plan.plan_memory(model, context, gpu_layers=gpu_layers if free else 0)
+    machine = this_machine(free)
+    why = impossible(planned, machine)
+    if why is not None:
+        raise MemoryShortageError(f"{file.path}: {why}")
+    warning = shortage(planned, machine)
+    if warning is not None:
+        _logger.warning("%s %s", file.path, warning)
 
 
 def _shape(file: GGUFFile) -> plan.KVShape | None:

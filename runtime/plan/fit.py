@@ -16,21 +16,32 @@ MAX_CONVERSATIONS = 256
 _UNKNOWN_CTX = 2**20
 
 Plan = Callable[[ContextSettings], MemoryPlan]
+Size = Callable[[MemoryPlan], int]
 
 
-def most_conversations(plan: Plan, settings: ContextSettings, memory: int) -> int:
+def on_all_devices(plan: MemoryPlan) -> int:
+    """Return the bytes of a plan, wherever they lie."""
+    return plan.total
+
+
+def on_gpus(plan: MemoryPlan) -> int:
+    """Return the bytes of a plan that lie on GPUs."""
+    return sum(device.total for device in plan.gpus)
+
+
+def most_conversations(plan: Plan, settings: ContextSettings, memory: int, size: Size = on_all_devices) -> int:
     """Return how many conversations of ``settings.n_ctx`` tokens fit into ``memory`` bytes with the weights; 0 to 256.
 
-    ``plan`` makes the plan of given settings.
+    ``plan`` makes the plan of given settings, ``size`` says what of it has to fit.
     """
 
     def fits(count: int) -> bool:
-        return plan(dataclasses.replace(settings, n_seq_max=count)).total <= memory
+        return size(plan(dataclasses.replace(settings, n_seq_max=count))) <= memory
 
     return _largest(fits, min(MAX_CONVERSATIONS, MAX_ROWS // settings.n_ctx))
 
 
-def largest_ctx(plan: Plan, model: Outline, settings: ContextSettings, memory: int) -> int:
+def largest_ctx(plan: Plan, model: Outline, settings: ContextSettings, memory: int, size: Size = on_all_devices) -> int:
     """Return the largest context that fits ``settings.n_seq_max`` conversations into ``memory`` bytes, in tokens.
 
     No larger than the context the model was trained for; 0 when not even the smallest fits.
@@ -39,7 +50,7 @@ def largest_ctx(plan: Plan, model: Outline, settings: ContextSettings, memory: i
     step = padded(1)  # rows are allocated in such steps, so every context within one takes the same
 
     def fits(steps: int) -> bool:
-        return plan(dataclasses.replace(settings, n_ctx=min(steps * step, most))).total <= memory
+        return size(plan(dataclasses.replace(settings, n_ctx=min(steps * step, most)))) <= memory
 
     return min(_largest(fits, padded(most) // step) * step, most)
 

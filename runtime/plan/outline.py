@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ziggurat.runtime.errors import ModelFileError, UnsupportedError
+from ziggurat.runtime.errors import UnsupportedError
 from ziggurat.runtime.gguf_file import GGUFFile
 from ziggurat.runtime.plan.kv import KVShape, kv_shape
 
@@ -82,11 +82,7 @@ def _weights(model: GGUFFile, n_blocks: int) -> Weights:
     tied = True
     for tensor in model.tensors:
         block = _BLOCK.match(tensor.name)
-        if block is not None:
-            if int(block[1]) >= n_blocks:
-                raise ModelFileError(
-                    f"{model.path}: tensor {tensor.name} lies beyond the {n_blocks} layers; the file is damaged"
-                )
+        if block is not None and int(block[1]) < n_blocks:
             layers[int(block[1])] += tensor.n_bytes
         elif tensor.name.startswith("output"):
             output += tensor.n_bytes

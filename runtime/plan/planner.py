@@ -42,13 +42,13 @@ class Planner:
             return estimate
         return measured_plan(self.model, settings, self._simulation.breakdown(settings))
 
-    def most_conversations(self, settings: ContextSettings, memory: int) -> int:
+    def most_conversations(self, settings: ContextSettings, memory: int, size: fit.Size = fit.on_all_devices) -> int:
         """Return how many conversations of ``settings.n_ctx`` tokens fit into ``memory`` bytes; see ``fit``."""
-        return fit.most_conversations(self.plan, settings, memory)
+        return fit.most_conversations(self.plan, settings, memory, size)
 
-    def largest_ctx(self, settings: ContextSettings, memory: int) -> int:
+    def largest_ctx(self, settings: ContextSettings, memory: int, size: fit.Size = fit.on_all_devices) -> int:
         """Return the largest context that ``settings.n_seq_max`` conversations can have in ``memory``; see ``fit``."""
-        return fit.largest_ctx(self.plan, self.model, settings, memory)
+        return fit.largest_ctx(self.plan, self.model, settings, memory, size)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,146 @@
+"""``ziggurat plan``: what a model and its settings take in memory, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ziggurat.runtime.errors import InvalidRequestError
+from ziggurat.runtime.options import context_options
+
+if TYPE_CHECKING:
+    from ziggurat.runtime.plan import MemoryPlan, Planner
+    from ziggurat.runtime.plan.machine import Machine
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf|CONFIG")
+@context_options
+@click.option(
+    "--parallel", type=click.IntRange(1, 256), default=1, show_default=True, metavar="N", help="Conversations at once."
+)
+@click.option("--batch", type=click.IntRange(1), default=2048, show_default=True, metavar="N", help="Largest batch.")
+@click.option(
+    "--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True, help="As in run."
+)
+@click.option("--gpu-layers", type=click.IntRange(0), metavar="N", help="Layers on the GPU; default: as run would do.")
+@click.option("--memory", metavar="SIZE", help="Say what fits into so much, such as 48GiB; default: what is free here.")
+@click.option("--type", "type_name", metavar="TYPE", help="File type a checkpoint would get; default: q4_k_m.")
+@click.option("--estimate", is_flag=True, help="Do not ask the library; arithmetic alone.")
+@click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+def plan(model: Path, **options: Any) -> int:
+    """Show what MODEL.gguf, or a checkpoint not yet converted (its folder or config.json), takes in memory.
+
+    The library is asked where it can say: it simulates the allocation. With a stock library, and for checkpoints, the
+    compute buffers are an estimate.
+    """
+    from ziggurat.runtime.bindings import ContextSettings
+    from ziggurat.runtime.loader import DEFAULT_CTX
+    from ziggurat.runtime.plan import open_planner
+    from ziggurat.runtime.plan.machine import this_machine
+    from ziggurat.runtime.sizes import parse_bytes
+
+    memory = parse_bytes(options["memory"]) if options["memory"] is not None else None
+    if options["type_name"] is not None and model.suffix == ".gguf":
+        raise InvalidRequestError("--type is for checkpoints; a GGUF file has its types already")
+    with open_planner(
+        model, gpu_layers=options["gpu_layers"], file_type=options["type_name"], ask_library=not options["estimate"]
+    ) as planner:
+        settings = ContextSettings(
+            n_ctx=options["ctx"] or min(planner.model.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX),
+            n_batch=max(options["batch"], options["ubatch"]),
+            n_ubatch=options["ubatch"],
+            n_seq_max=options["parallel"],
+            type_k=options["cache_type_k"],
+            type_v=options["cache_type_v"],
+            flash_attention=options["flash_attention"],
+        )
+        report = describe(planner, settings, memory, this_machine())
+    if options["as_json"]:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _show(report)
+    return 0
+
+
+def describe(planner: Planner, settings: Any, memory: int | None, machine: Machine) -> dict[str, Any]:
+    """Return what ``plan --json`` writes; sizes in bytes."""
+    from ziggurat.runtime.plan.fit import on_all_devices, on_gpus
+    from ziggurat.runtime.plan.machine import shortage
+
+    planned: MemoryPlan = planner.plan(settings)
+    size = on_all_devices
+    if memory is None:
+        memory, size = (machine.gpu_free, on_gpus) if planned.gpus else (machine.available, on_all_devices)
+    return {
+        "path": str(planned.path),
+        "architecture": planner.model.architecture,
+        "context_length": planner.model.n_ctx_train or None,
+        "plan": planned.as_json(),
+        "fits": {
+            "memory_bytes": memory,
+            "conversations": planner.most_conversations(settings, memory, size),
+            "largest_ctx": planner.largest_ctx(settings, memory, size),
+        },
+        "machine": {
+            "memory_total": machine.total,
+            "memory_available": machine.available,
+            "gpu_memory_free": list(machine.gpus_free),
+            "shortage": shortage(planned, machine),
+        },
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ziggurat.runtime.sizes import human_bytes
+
+    planned, fits, machine = report["plan"], report["fits"], report["machine"]
+    console = Console(highlight=False)
+    count = planned["parallel"]
+    conversations = "one conversation" if count == 1 else f"{count} conversations"
+    console.print(f"{report['path']} ({report['architecture']})", markup=False)
+    types = f"{planned['cache_type_k']}/{planned['cache_type_v']}"
+    console.print(f"[bold]{conversations.capitalize()} of {planned['ctx']:,} tokens, KV {types}[/bold]")
+    table = Table()
+    devices = planned["devices"]
+    several = len(devices) > 1
+    for column in ("", *(device["device"] for device in devices), *(["total"] if several else [])):
+        table.add_column(column, justify="right" if column else "left")
+    rows = {"weights": "weights", "KV rows": "context", "compute": "compute", "logits": "output", "total": "total"}
+    for label, key in rows.items():
+        sizes = [device[key] for device in devices]
+        table.add_row(label, *(human_bytes(size) for size in [*sizes, *([sum(sizes)] if several else [])]))
+    console.print(table)
+    for line in _remarks(planned):
+        console.print(line, markup=False)
+    console.print(
+        f"Into {human_bytes(fits['memory_bytes'])} fit {fits['conversations']} conversations of this context;"
+        f" the largest context of {conversations} is {fits['largest_ctx']:,} tokens."
+    )
+    if machine["shortage"] is not None:
+        console.print(f"On this machine it {machine['shortage']}.", markup=False)
+
+
+def _remarks(planned: dict[str, Any]) -> list[str]:
+    from ziggurat.runtime.sizes import human_bytes
+
+    lines = []
+    layers = Counter(planned["kv_bytes_per_layer"]).most_common()
+    if layers:
+        # a model whose layers all differ would make a list as long as it has layers
+        told = ", ".join(f"{count} x {human_bytes(size)}" for size, count in layers[:6])
+        lines.append(f"KV by layer: {told}{', …' if len(layers) > 6 else ''}")
+    if not planned["weights_exact"]:
+        lines.append("The bytes of the weights are an estimate: the model is not converted yet.")
+    if not planned["measured"]:
+        lines.append("The compute buffers are an estimate, within 10 % on a CPU.")
+    if not planned["kv_exact"]:
+        lines.append("This family does not keep plain rows in every layer: KV by layer is an upper estimate.")
+    return lines

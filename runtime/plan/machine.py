@@ -1,0 +1,73 @@
+"""Compares a plan with the memory that the machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ziggurat.runtime import hardware
+from ziggurat.runtime.plan.fit import on_gpus
+from ziggurat.runtime.plan.memory import MemoryPlan
+from ziggurat.runtime.sizes import human_bytes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Memory in bytes: the host's with and without what others use, swap, and each GPU's free memory."""
+
+    total: int
+    available: int
+    swap: int
+    gpus_free: tuple[int, ...] = ()
+
+    @property
+    def gpu_free(self) -> int:
+        """Free memory of all GPUs together."""
+        return sum(self.gpus_free)
+
+
+def this_machine(gpus_free: Sequence[int] | None = None) -> Machine:
+    """Look at this machine; GPUs by their driver unless their free memory is given."""
+    total, available = hardware.memory()
+    free = [gpu.memory_free for gpu in hardware.nvidia_gpus()] if gpus_free is None else gpus_free
+    return Machine(total, available, hardware.swap(), tuple(free))
+
+
+def shortage(plan: MemoryPlan, machine: Machine) -> str | None:
+    """Say in one line what a plan lacks on this machine now; None when it fits.
+
+    GPUs are taken together: how the library spreads the layers over several is not planned.
+    """
+    if on_gpus(plan) > machine.gpu_free:
+        return (
+            f"needs {human_bytes(on_gpus(plan))} on the GPU and {human_bytes(machine.gpu_free)} are free:"
+            " lower --gpu-layers or --ctx"
+        )
+    host = plan.host
+    if host.fixed > machine.available:
+        return (
+            f"needs {human_bytes(host.fixed)} beside the weights and {human_bytes(machine.available)} are free:"
+            " lower --ctx, or take --cache-type-k and -v q8_0"
+        )
+    if host.total > machine.available:
+        return (
+            f"needs {human_bytes(host.total)}, weights {human_bytes(host.weights)}, and"
+            f" {human_bytes(machine.available)} are free: it will be slow, weights are read from disk again and again"
+        )
+    return None
+
+
+def impossible(plan: MemoryPlan, machine: Machine) -> str | None:
+    """Say in one line why a plan can never be loaded on this machine; None when it might.
+
+    Weights in the host's memory are mapped from the file, so any number of them can be run, slowly. What is not mapped
+    has to be in memory or in swap: more of it than there is of both cannot be, whoever else leaves.
+    """
+    fixed, room = plan.host.fixed, machine.total + machine.swap
+    if fixed <= room:
+        return None
+    settings = plan.settings
+    return (
+        f"a context of {settings.n_ctx} tokens needs {human_bytes(fixed)} beside the weights, and this machine has"
+        f" {human_bytes(room)}, swap included: lower --ctx"
+    )
