@@ -8,7 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ziggurat.runtime import plan
-from ziggurat.runtime.bindings import Context, ContextSettings, Model, devices, supports_gpu_offload
+from ziggurat.runtime.bindings import (
+    Context,
+    ContextSettings,
+    Model,
+    can_measure,
+    devices,
+    measure,
+    supports_gpu_offload,
+)
 from ziggurat.runtime.engine import ModelInfo
 from ziggurat.runtime.errors import InvalidRequestError, MemoryShortageError, UnsupportedError
 from ziggurat.runtime.generation import KVFigures
@@ -21,6 +29,8 @@ _logger = logging.getLogger(__name__)
 
 #: Context taken when none is asked for: the model's own, but no more than this.
 DEFAULT_CTX = 8192
+# the part of the free memory from which on an estimate is not good enough
+_NEAR = 0.9
 
 
 @dataclass(frozen=True)
@@ -105,19 +115,22 @@ def _n_ctx(settings: EngineSettings, n_ctx_train: int) -> int:
 
 
 def _check_memory(file: GGUFFile, settings: EngineSettings) -> None:
-    """Compare the plan with the machine: by arithmetic, since asking the library would double the time of a start.
+    """Compare the plan with the machine.
 
-    Devices that the library does not offload to are not looked at. Of a GPU's shortage the library itself says best
-    what is wrong, so that is never refused here.
+    By arithmetic first; when that comes near to what is free, the library is asked, which takes as long as reading the
+    vocabulary. (In this process: on a file that it aborts on, it would abort a moment later anyway.) A GPU that is
+    short of memory is never refused here: the library says best what is wrong.
     """
     model = plan.outline(file)
-    offload = supports_gpu_offload()
-    free = [device.memory_free for device in devices() if device.kind == "gpu"] if offload else []
+    free = [device.memory_free for device in devices() if device.kind == "gpu"] if supports_gpu_offload() else []
     every_layer = len(model.weights.layers) + 1
     gpu_layers = every_layer if settings.gpu_layers is None else settings.gpu_layers
     context = _context_settings(settings, _n_ctx(settings, model.n_ctx_train))
     planned = plan.plan_memory(model, context, gpu_layers=gpu_layers if free else 0)
     machine = this_machine(free)
+    if not planned.gpus and planned.total > _NEAR * machine.available and can_measure():
+        with Model(file.path, gpu_layers=0, simulated=True) as simulated, Context(simulated, context) as measured:
+            planned = plan.measured_plan(model, context, measure(measured))
     why = impossible(planned, machine)
     if why is not None:
         raise MemoryShortageError(f"{file.path}: {why}")

@@ -46,13 +46,13 @@ def shortage(plan: MemoryPlan, machine: Machine) -> str | None:
     host = plan.host
     if host.fixed > machine.available:
         return (
-            f"needs {human_bytes(host.fixed)} beside the weights and {human_bytes(machine.available)} are free:"
-            " lower --ctx, or take --cache-type-k and -v q8_0"
+            f"needs {human_bytes(host.fixed)} {_what(plan)} and {human_bytes(machine.available)} are free:"
+            " lower --ctx, or take a smaller model"
         )
     if host.total > machine.available:
         return (
-            f"needs {human_bytes(host.total)}, weights {human_bytes(host.weights)}, and"
-            f" {human_bytes(machine.available)} are free: it will be slow, weights are read from disk again and again"
+            f"needs {human_bytes(host.total)} and {human_bytes(machine.available)} are free:"
+            " it will be slow, because weights are read from disk again and again"
         )
     return None
 
@@ -60,14 +60,19 @@ def shortage(plan: MemoryPlan, machine: Machine) -> str | None:
 def impossible(plan: MemoryPlan, machine: Machine) -> str | None:
     """Say in one line why a plan can never be loaded on this machine; None when it might.
 
-    Weights in the host's memory are mapped from the file, so any number of them can be run, slowly. What is not mapped
-    has to be in memory or in swap: more of it than there is of both cannot be, whoever else leaves.
+    Weights on the host are mapped from the file, so any number of them can be run, slowly. What is not mapped (repacked
+    weights too) has to be in memory or in swap: more of it than there is of both cannot be, whoever else leaves.
     """
     fixed, room = plan.host.fixed, machine.total + machine.swap
     if fixed <= room:
         return None
     settings = plan.settings
     return (
-        f"a context of {settings.n_ctx} tokens needs {human_bytes(fixed)} beside the weights, and this machine has"
-        f" {human_bytes(room)}, swap included: lower --ctx"
+        f"with a context of {settings.n_ctx} tokens it needs {human_bytes(fixed)} {_what(plan)}, and this machine has"
+        f" {human_bytes(room)}, swap included: lower --ctx, or take a smaller model"
     )
+
+
+def _what(plan: MemoryPlan) -> str:
+    repacked = plan.host.repacked
+    return f"({human_bytes(repacked)} of it weights)" if repacked else "beside the weights"

@@ -23,13 +23,18 @@ _F32 = 4
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What one device holds, in bytes. ``context`` are KV rows, ``output`` the logits that are read back."""
+    """What one device holds, in bytes. ``context`` are KV rows, ``output`` the logits that are read back.
+
+    ``repacked`` of the weights are held by the CPU in an order of its own, in memory and not mapped from the file; only
+    the library knows which, so it is 0 in a plan that was not made by asking it.
+    """
 
     device: str
     weights: int = 0
     context: int = 0
     compute: int = 0
     output: int = 0
+    repacked: int = 0
 
     @property
     def total(self) -> int:
@@ -38,8 +43,8 @@ class DeviceMemory:
 
     @property
     def fixed(self) -> int:
-        """What is not weights: on the host it has to stay in memory, while weights are mapped from the file."""
-        return self.total - self.weights
+        """What has to stay in memory on the host, where the other weights are mapped from the file."""
+        return self.total - self.weights + self.repacked
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class MemoryPlan:
 
     ``kv_per_layer`` holds the rows of all conversations together, empty for models without attention. ``measured``
     says that the library was asked, ``weights_exact`` that the weights are a file's and not an estimate. Not counted:
-    the library's own objects, among them 52 bytes per cell of the cache, and scratch memory of the CPU's threads.
+    the library's own objects, among them 52 bytes per cell of the cache, scratch memory of the CPU's threads, and pages
+    of the file that are read once and not needed again.
     """
 
     path: Path
@@ -156,6 +162,9 @@ def measured_plan(model: Outline, settings: ContextSettings, buffers: Iterable[B
     sums[HOST]["output"] = _output(model, settings)
     for buffer in buffers:
         sums[buffer.device].update(weights=buffer.weights, context=buffer.context, compute=buffer.compute)
+        # a GPU's pinned buffers hold weights only in this simulation: with a mapped file they stay where they are
+        if buffer.device == HOST and buffer.buffer != HOST and not buffer.buffer.endswith("_Host"):
+            sums[HOST]["repacked"] += buffer.weights
     devices = [DeviceMemory(name, **sizes) for name, sizes in sums.items()]
     per_layer = _kv(model, settings, n_ubatch)
     return MemoryPlan(
