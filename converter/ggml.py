@@ -215,9 +215,12 @@ def captured_log() -> Iterator[list[str]]:
         if level == _LOG_ERROR:
             lines.append(line)
 
+    # whoever listens now does so again afterwards: in one process with an engine, the engine's relay
+    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
     callback = llama_cpp.llama_log_callback(collect)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         yield lines
     finally:
-        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(before, data)

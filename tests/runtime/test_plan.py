@@ -9,7 +9,7 @@ import pytest
 from helpers import tiny_models
 from helpers.tiny_models import Shape
 from ziggurat.runtime import plan
-from ziggurat.runtime.bindings import Context, ContextSettings, Model
+from ziggurat.runtime.bindings import Context, ContextSettings, Model, measure
 from ziggurat.runtime.errors import ModelFileError, UnsupportedError
 from ziggurat.runtime.gguf_file import read_gguf
 
@@ -50,16 +50,25 @@ def test_kv_bytes_are_what_the_library_allocates(
         log = "\n".join(context.log_lines)
         rows = plan.rows_per_layer(shape, n_ctx, n_ubatch=context.n_ubatch)
         assert context.n_ctx_allocated == plan.padded(n_ctx)
-    # the library reports cells and layers exactly, sizes to a hundredth of a MiB
+        allocated = sum(buffer.context for buffer in measure(context))
     caches = re.findall(r"\(\s*(\d+) cells,\s*(\d+) layers.*K \((\w+)\).*V \((\w+)\)", log)
     cells = sorted(int(count) for count, layers, *_ in caches for _ in range(int(layers)))
     assert cells == sorted(rows)
     assert {(k, v) for _, _, k, v in caches} == {(type_k, type_v)}
-    sizes = [float(size) for size in re.findall(r"KV buffer size =\s*([\d.]+) MiB", log)]
-    planned_bytes = plan.kv_bytes(
-        shape, n_ctx, type_k=type_k, type_v=type_v, n_seq=n_seq, n_ubatch=min(n_ubatch, plan.padded(n_ctx))
+    per_layer = plan.kv_bytes_per_layer(
+        shape, n_ctx, type_k=type_k, type_v=type_v, n_seq=n_seq, n_ubatch=min(n_ubatch, n_seq * plan.padded(n_ctx))
     )
-    assert sum(sizes) == pytest.approx(planned_bytes / 2**20, abs=0.005 * len(sizes) + 1e-9)
+    assert sum(per_layer) == allocated
+    assert len(per_layer) == shape.n_layer
+
+
+@pytest.mark.parametrize("name", ["grouped", "heads by layer", "sliding, every other"])
+def test_kv_bytes_without_flash_attention(name: str, tmp_path: Path) -> None:
+    path = tiny_models.write_model(tmp_path / "m.gguf", SHAPES[name])
+    settings = ContextSettings(n_ctx=700, n_seq_max=2, flash_attention="off", n_threads=1)
+    with Model(path) as model, Context(model, settings) as context:
+        allocated = sum(buffer.context for buffer in measure(context))
+    assert plan.kv_bytes(plan.kv_shape(read_gguf(path)), 700, n_seq=2, flash_attention=False) == allocated
 
 
 def test_known_models() -> None:
