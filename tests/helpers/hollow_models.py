@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 Tensor = tuple[str, tuple[int, ...], GGMLQuantizationType]
@@ -62,7 +63,7 @@ def write_model(path: Path, dims: Dims) -> Path:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         size = count // block * block_bytes
         # the writer wants NumPy's order, and the shape in bytes for quantized types unless told the type
-        writer.add_tensor_info(name, tuple(reversed(shape)), _float32(), size, raw_dtype=kind)
+        writer.add_tensor_info(name, tuple(reversed(shape)), np.dtype(np.float32), size, raw_dtype=kind)
         end += -(-size // 32) * 32
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -72,12 +73,6 @@ def write_model(path: Path, dims: Dims) -> Path:
     with open(path, "r+b") as file:
         file.truncate(start + end)
     return path
-
-
-def _float32():
-    import numpy as np
-
-    return np.dtype(np.float32)
 
 
 def _tensors(dims: Dims) -> Iterator[Tensor]:
