@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -224,8 +224,3 @@ def load_model(folder: Path) -> Llama:
     model = Llama(shape)
     model.load_state_dict({k: v.float() for k, v in load_file(str(folder / "model.safetensors")).items()})
     return model
-
-
-def shape_dict(shape: Shape) -> dict[str, float]:
-    """The shape as plain values, for a checkpoint."""
-    return asdict(shape)

@@ -4,6 +4,7 @@ usage: train.py RUN --texts DIR [--plan plan.json] [--minutes M] [--device cpu|c
 
 RUN receives the model folder (RUN/model), the checkpoint (RUN/checkpoint.pt) and a log (RUN/log.jsonl). If there is a
 checkpoint, training goes on from it exactly as if it had not been interrupted; the plan may be changed in between.
+SIGTERM and the end of --minutes leave a checkpoint at the next report.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -175,8 +178,14 @@ class Trainer:
         os.replace(draft, path)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of a model of the same shape."""
+        """Go on from a checkpoint.
+
+        Raises:
+            SystemExit: it is of a model of another shape.
+        """
         state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        if state["shape"] != asdict(self.model.shape):
+            raise SystemExit(f"{path}: made for {state['shape']}, not for {asdict(self.model.shape)}")
         self.model.load_state_dict(state["model"])
         for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(value)
@@ -218,10 +227,12 @@ def main() -> None:
     if checkpoint.exists():
         trainer.load(checkpoint)
         log.info("resumed at step %d, %.2f million tokens", trainer.step, trainer.tokens / 1e6)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     begun = saved = time.monotonic()
     while (report := trainer.run(plan, 20)) is not None:
         now = time.monotonic()
-        done = now - begun > options.minutes * 60
+        done = stop.is_set() or now - begun > options.minutes * 60
         entry: dict[str, Any] = {"step": trainer.step, "stage": trainer.stage, "tokens": trainer.tokens, **report}
         entry["tokens_per_second"] = round(trainer.tokens / trainer.seconds)
         if done or now - saved > options.save_every * 60:

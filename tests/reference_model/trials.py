@@ -24,17 +24,24 @@ class Trial:
 
 
 def draw_trials(
-    encoder: Encoder, held_out: Corpus, length: int, count: int, seed: int, facts: int | None = None
+    encoder: Encoder,
+    held_out: Corpus,
+    length: int,
+    count: int,
+    seed: int,
+    facts: int | None = None,
+    alike: float = 0.0,
 ) -> list[Trial]:
     """`count` chats of exactly `length` tokens, answer included, that each ask for one of at least six facts.
 
-    The number of facts grows with the length to at most twelve, unless given; codes have four digits.
+    The number of facts grows with the length to at most twelve, unless given; codes have four digits. `alike`: see
+    `draw_facts`.
     """
     rng = random.Random(seed * 1_000_003 + length)
     most = facts or max(FEWEST_FACTS, min(12, length // (6 * FACT_TOKENS)))
     trials = []
     for _ in range(count):
-        some = draw_facts(rng, most)
+        some = draw_facts(rng, most, alike=alike)
         asked = rng.choice(some)
         row = write_notebook(rng, encoder, some, [asked], length, lambda room: held_out.filler(rng, room))
         opening = encoder.header("assistant")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert (other.step, other.stage, other.tokens) == (whole.step, whole.stage, whole.tokens)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    trainer().save(tmp_path / "checkpoint.pt")
+    other = Trainer(rows(0), dataclasses.replace(MICRO, ffn=64), 0, constructed=False)
+    with pytest.raises(SystemExit, match="made for"):
+        other.load(tmp_path / "checkpoint.pt")
 
 
 def test_training_lowers_the_loss_and_ends_with_the_plan() -> None:
