@@ -56,11 +56,24 @@ def _last(ids: Sequence[int], part: Sequence[int]) -> int:
 
 
 @torch.no_grad()
+def held_out_loss(model: Llama, held_out: Corpus, device: str, windows: int = 24, length: int = 512) -> float:
+    """Mean loss in nats per token over the first windows of a text that is never trained on."""
+    model.eval()
+    losses = []
+    for at in range(0, min(len(held_out.ids) - length, windows * length), length):
+        ids = torch.from_numpy(held_out.ids[at : at + length].astype("int64"))[None].to(device)
+        with torch.autocast(device, torch.bfloat16):
+            losses.append(model.losses(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:]).float())[0])
+    return float(torch.cat(losses).mean())
+
+
+@torch.no_grad()
 def probe(model: Llama, trials: Sequence[Trial], device: str) -> float:
     """Share of the trials whose digits are all the best token, given the rest of the answer.
 
     Much cheaper than generating, and the same but for answers whose words go wrong before the digits.
     """
+    model.eval()
     right = 0
     for trial in trials:
         ids = torch.tensor([trial.answered.ids], device=device)

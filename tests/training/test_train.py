@@ -19,7 +19,7 @@ from vocabulary import load_tokenizer
 MICRO = Shape(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn=32, rope_base=1e6, context=128)
 PLAN = [
     Stage(768, 0.5, {"128": 0.5, "160": 0.5}, 64, text=0.5, chat=0.2, copy=0.3, rate=(0.1, 1.0), step_tokens=256),
-    Stage(800, 0.0, {"128": 1.0}, 64, text=0.2, chat=0.2, copy=0.1, rate=(1.0, 0.0), step_tokens=256),
+    Stage(800, 0.0, {"128": 1.0}, 64, text=0.3, chat=0.3, copy=0.4, rate=(1.0, 0.0), step_tokens=256, dropout=0.2),
 ]
 
 
