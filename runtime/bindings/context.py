@@ -28,9 +28,10 @@ class ContextSettings:
     """How a context is made.
 
     ``n_ctx`` is the number of KV rows **per sequence** (never divided by ``n_seq_max``; the library rounds it up to a
-    multiple of 256). ``n_batch`` bounds a batch, ``n_ubatch`` what is computed at once; both in tokens. ``type_k`` and
-    ``type_v`` are keys of ``CACHE_TYPES``. ``n_threads`` computes single tokens, ``n_threads_batch`` (default: the
-    same) prompts. ``swa_full`` keeps whole-context rows in sliding-window layers as well.
+    multiple of 256). ``n_batch`` bounds a batch (never to less than one token of every sequence), ``n_ubatch`` what is
+    computed at once; both in tokens. ``type_k`` and ``type_v`` are keys of ``CACHE_TYPES``. ``n_threads`` computes
+    single tokens, ``n_threads_batch`` (default: the same) prompts. ``swa_full`` keeps whole-context rows in
+    sliding-window layers as well.
     """
 
     n_ctx: int
@@ -114,7 +115,7 @@ class Context:
 
     @property
     def n_batch(self) -> int:
-        """Largest batch in tokens; at most what the settings asked."""
+        """Largest batch in tokens; at most what the settings asked, unless there are more sequences."""
         return int(self._lib.llama_n_batch(self.handle))
 
     @property
@@ -213,7 +214,8 @@ def _fill(params: Any, settings: ContextSettings) -> None:
     more field there (a pointer at the end, in header and binding by the same patch) and one more line here.
     """
     params.n_ctx = _padded(settings.n_ctx) * settings.n_seq_max
-    params.n_batch = settings.n_batch
+    # the library reserves one output for every sequence, and aborts the process when a batch has no room for them
+    params.n_batch = max(settings.n_batch, settings.n_seq_max)
     params.n_ubatch = min(settings.n_ubatch, settings.n_batch)
     params.n_seq_max = settings.n_seq_max
     params.n_threads = settings.n_threads

@@ -57,6 +57,14 @@ def test_plan_json_is_what_a_context_takes(
     assert report["machine"]["shortage"] is None
 
 
+def test_more_conversations_than_a_batch_has_tokens(
+    capsys: pytest.CaptureFixture[str], spm_path: Path, machine: dict[str, Any]
+) -> None:
+    code, out, err = run(capsys, "plan", spm_path, "--json", "--ctx", 256, "--batch", 8, "--ubatch", 8)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["fits"]["conversations"] == 256
+
+
 def test_plan_shows_a_table(capsys: pytest.CaptureFixture[str], spm_path: Path, machine: dict[str, Any]) -> None:
     code, out, err = run(capsys, "plan", spm_path, "--memory", "8GiB")
     assert (code, err) == (0, "")
