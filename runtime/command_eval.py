@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -43,6 +45,7 @@ _NEEDS = {"against": "text", "save_logits": "text", "chunks": "text", "limit": "
 def evaluate(model: Path, **options: Any) -> int:
     """Measure the model in MODEL.gguf on a text, on questions, or on looking things up."""
     from ziggurat.runtime import eval_parts
+    from ziggurat.runtime.eval_parts import measure_choices
     from ziggurat.runtime.evaluate.chunks import read_text
 
     refuse_budgets({name: value for name, value in options.items() if name.startswith("kv_")})
@@ -56,13 +59,14 @@ def evaluate(model: Path, **options: Any) -> int:
     asks = options["needle"] or options["generate_needle"] is not None
     grid = eval_parts.NeedleGrid(model, options, _note) if asks else None
     figures: dict[str, Any] = {"model": str(model)}
-    if text is not None:
-        figures |= _text(model, text, options)
-    if questions is not None:
-        figures["choices"] = _in_thread(lambda monitor: eval_parts.measure_choices(model, questions, options, monitor))
-    if grid is not None:
-        _needle(grid, options, figures)
-    _finish(figures, options)
+    with _kill_as_interrupt():
+        if text is not None:
+            figures |= _text(model, text, options)
+        if questions is not None:
+            figures["choices"] = _in_thread(lambda monitor: measure_choices(model, questions, options, monitor))
+        if grid is not None:
+            _needle(grid, options, figures)
+        _finish(figures, options)
     return 0
 
 
@@ -119,6 +123,23 @@ def _needle(grid: NeedleGrid, options: dict[str, Any], figures: dict[str, Any]) 
     if options["needle"]:
         with _progress() as report:  # the engine has a thread of its own, so Ctrl-C arrives here
             figures["needle"] = grid.measure(Monitor(report))
+
+
+@contextlib.contextmanager
+def _kill_as_interrupt() -> Iterator[None]:
+    """Let a polite kill remove what is half done, as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set in the main thread only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _in_thread(work: Callable[[Monitor], T]) -> T:

@@ -277,7 +277,8 @@ def test_nothing_heavy_is_imported_for_help() -> None:
     assert "--against" in done.stdout
 
 
-def test_an_interrupt_ends_it_cleanly(spm_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_it_cleanly(spm_path: Path, tmp_path: Path, number: signal.Signals) -> None:
     text, saved, report = tmp_path / "long.txt", tmp_path / "saved", tmp_path / "r.json"
     text.write_text(TEXT * 2000)
     arguments = [spm_path, "--text", text, "--ctx", 512, "--save-logits", saved, "--json", report, "--threads", 1]
@@ -288,7 +289,7 @@ def test_an_interrupt_ends_it_cleanly(spm_path: Path, tmp_path: Path) -> None:
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, number)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out, err.strip()) == (130, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
