@@ -49,6 +49,9 @@ class ContextSettings:
         for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("n_batch", "n_ubatch"):
+            if getattr(self, name) > MAX_ROWS:  # the library's fields have 32 bits: 2^32 + 1 would arrive as 1
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; it can be at most {MAX_ROWS}")
         if self.n_ctx * self.n_seq_max > MAX_ROWS:
             raise InvalidRequestError(f"a context of {self.n_ctx} x {self.n_seq_max} rows is beyond {MAX_ROWS}")
         for name in (self.type_k, self.type_v):

@@ -189,6 +189,7 @@ def test_the_abort_flag_is_seen_from_another_thread(spm_model: Model) -> None:
     [
         ({"n_ctx": 0}, "n_ctx is 0"),
         ({"n_ubatch": 0}, "n_ubatch is 0"),
+        ({"n_batch": 2**32 + 1}, "n_batch is 4294967297; it can be at most"),
         ({"n_ctx": 2**31}, "is beyond"),
         ({"type_k": "q2_k"}, "cache type 'q2_k' is unknown"),
         ({"type_v": "q8_0", "flash_attention": "off"}, "needs flash attention"),

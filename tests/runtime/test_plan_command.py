@@ -132,6 +132,16 @@ def test_wrong_wishes_are_one_line(
     assert said in err
 
 
+def test_what_fits_is_told_in_words(
+    capsys: pytest.CaptureFixture[str], spm_path: Path, machine: dict[str, Any]
+) -> None:
+    def told(memory: str) -> str:
+        return " ".join(run(capsys, "plan", spm_path, "--estimate", "--ctx", 512, "--memory", memory)[1].split())
+
+    assert "fits no conversation of this context" in told("1")
+    assert "fit 256 conversations of this context, the most the library runs;" in told("32GiB")
+
+
 def test_wrong_files_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, machine: dict[str, Any]) -> None:
     damaged = hollow_models.write_model(tmp_path / "m.gguf", Dims(n_head=8, n_head_kv=3))
     (tmp_path / "no.gguf").write_bytes(b"GGML")
