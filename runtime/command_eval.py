@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PARTS = ("text", "choices", "needle", "generate_needle")
+_NEEDLE_ONLY = ("needle_lengths", "needle_text", "needle_fact", "needle_question")
 _INPUTS = ("text", "against", "choices", "needle_text")
 _OUTPUTS = ("json_file", "plot", "save_logits", "generate_needle")
 _NEEDS = {"against": "text", "save_logits": "text", "chunks": "text", "limit": "choices", "choices_prompt": "choices"}
@@ -80,6 +81,10 @@ def _check(model: Path, options: dict[str, Any]) -> None:
     for name, part in _NEEDS.items():
         if options[name] is not None and options[part] is None:
             raise InvalidRequestError(f"--{name.replace('_', '-')} belongs to --{part}, which is not given")
+    if not options["needle"] and options["generate_needle"] is None:
+        for name in _NEEDLE_ONLY:
+            if options[name] is not None:
+                raise InvalidRequestError(f"--{name.replace('_', '-')} belongs to --needle, which is not given")
     against = options["against"]
     if against is not None and not against.exists():
         raise InvalidRequestError(f"--against {against}: does not exist")

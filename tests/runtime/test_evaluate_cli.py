@@ -179,6 +179,7 @@ def test_generated_documents_are_deterministic_jsonl(run: Run, spm_path: Path, t
         (b"", "is empty: there is nothing to evaluate"),
         (b" \n\n", "is empty"),
         (b"abc\xff", "is not UTF-8 text (byte 0xff at 3)"),
+        ("the cat".encode("utf-16-le"), "is not UTF-8 text (byte 0x00 at 1)"),
         (b"a", "has 2 tokens and one chunk takes 512: give a longer text"),
         (b"the cat and the hat", "or a --ctx of at most"),
         (None, "cannot be read (No such file or directory)"),
@@ -199,6 +200,7 @@ def test_bad_requests(run: Run, spm_path: Path, chat_path: Path, text: Path, tmp
 
     says("there is nothing to evaluate", spm_path)
     says("--against belongs to --text", spm_path, "--needle", "--against", chat_path)
+    says("--needle-lengths belongs to --needle", spm_path, "--text", text, "--needle-lengths", "512")
     says("--limit belongs to --choices", spm_path, "--text", text, "--limit", 3)
     says("missing.gguf", tmp_path / "missing.gguf", "--text", text)
     says("missing: does not exist", spm_path, "--text", text, "--against", tmp_path / "missing")
