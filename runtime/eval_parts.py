@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
-from ziggurat.runtime.eval_options import DEFAULT_CTX, parse_counts, parse_depths
+from ziggurat.runtime.eval_options import DEFAULT_CTX, parse_depths
+from ziggurat.runtime.options import parse_counts
 
 if TYPE_CHECKING:
     from ziggurat.runtime.bindings import Model
