@@ -14,8 +14,15 @@ def check_target(path: Path, option: str) -> None:
     """Raise InvalidRequestError when a file cannot be made there, before the work for it begins."""
     if path.is_dir():
         raise InvalidRequestError(f"{option} {path}: is a folder; give a file name")
-    if not path.absolute().parent.is_dir():
+    if path.exists() and not path.is_file():
+        raise InvalidRequestError(f"{option} {path}: is a device or a pipe, which would be replaced; give a file name")
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise InvalidRequestError(f"{option} {path}: its folder does not exist")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell: read-only file systems, /proc
+    except OSError as error:
+        raise InvalidRequestError(f"{option} {path}: cannot be written ({error.strerror or error})") from None
 
 
 def write_atomic(path: Path, content: bytes, option: str) -> None:
