@@ -37,8 +37,15 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def read_text(folder: Path, name: str, held_out: bool = False) -> str:
-    """The first 95 % of a text, which is for training, or the last 5 %, which never is."""
-    text = (folder / name).read_text(encoding="utf-8", errors="replace")
+    """The first 95 % of a text, which is for training, or the last 5 %, which never is.
+
+    Raises:
+        SystemExit: the text is not there.
+    """
+    try:
+        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+    except OSError as e:
+        raise SystemExit(f"{folder / name} cannot be read ({e.strerror}): --texts names the folder of the texts") from e
     cut = int(len(text) * (1 - HELD_OUT))
     return text[cut:] if held_out else text[:cut]
 

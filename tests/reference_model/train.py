@@ -238,7 +238,8 @@ def main() -> None:
         trainer.load(checkpoint)
         log.info("resumed at step %d, %.2f million tokens", trainer.step, trainer.tokens / 1e6)
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     begun = saved = time.monotonic()
     while (report := trainer.run(plan, 20)) is not None:
         now = time.monotonic()
