@@ -18,6 +18,7 @@ import psutil
 from ziggurat.converter import ggml
 from ziggurat.converter.errors import OutputError
 from ziggurat.converter.upstream import Plan
+from ziggurat.converter.write import real
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,11 @@ def write_json(path: Path, content: str) -> None:
     Raises:
         OutputError: the place cannot be written.
     """
-    partial = path.absolute().with_name(f".{path.name}.{os.getpid()}.part")
+    path_behind = real(path)
+    partial = path_behind.with_name(f".{path_behind.name}.{os.getpid()}.part")
     try:
         partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
+        os.replace(partial, path_behind)
     except OSError as e:
         partial.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written ({e.strerror or e}): choose another place") from e
