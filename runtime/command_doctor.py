@@ -124,6 +124,8 @@ def _show(report: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # paths are long, and their ends are what counts
     for label, value in _facts(report):
         table.add_row(Text(label, style="bold"), Text(value))
     console.print(table)

@@ -155,6 +155,14 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, **library: Any) -> None:
     monkeypatch.setattr(command_doctor, "_version", lambda name: "1")
 
 
+def test_doctor_shows_long_paths_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/" + "/".join(f"folder{i}" for i in range(30)) + "/libllama.so"
+    _pretend(monkeypatch, path=path)
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and path in "".join(out.split())
+
+
 def test_doctor_with_nothing_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch)
     code, out, _ = run(capsys, "doctor")
