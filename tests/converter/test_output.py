@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -113,7 +114,7 @@ def test_a_full_disk(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals(checkpoint: MakeCheckpoint, tmp_path: Path, number: int) -> None:
     """A conversion stopped in the middle ends at once, says so and leaves nothing."""
     code = (
@@ -138,6 +139,39 @@ def test_signals(checkpoint: MakeCheckpoint, tmp_path: Path, number: int) -> Non
     assert process.returncode == 130
     assert "interrupted, nothing was written" in stderr and "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Not what a running one is writing, nor anybody else's file."""
+    out = tmp_path / "out.gguf"
+    killed, running, foreign = (tmp_path / f".{name}.part" for name in ("out.gguf.1", "out.gguf.2", "other.gguf.1"))
+    for path in (killed, running, foreign):
+        path.write_bytes(b"GGUF")
+    with running.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        convert(checkpoint("llama_gqa"), out)
+    assert sorted(tmp_path.iterdir()) == sorted([out, running, foreign])
+
+    class Looking(Recorder):
+        def advance(self, parameters: int, tensor: str) -> None:
+            (partial,) = set(tmp_path.glob(".out.gguf.*"))
+            with partial.open("r+b") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            super().advance(parameters, tensor)
+
+    looking = Looking()
+    running.unlink()
+    convert(checkpoint("llama_gqa"), out, ConvertSettings(force=True), looking)
+    assert looking.parameters > 0
+
+
+def test_a_link_stays_and_the_file_behind_it_is_written(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("out.gguf", "report.json"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    convert(checkpoint("llama_gqa"), tmp_path / "out.gguf", ConvertSettings(report=tmp_path / "report.json"))
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["out.gguf", "report.json"]
+    assert all((tmp_path / name).is_symlink() for name in ("out.gguf", "report.json"))
 
 
 def test_the_final_name_appears_only_at_the_end(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
