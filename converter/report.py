@@ -7,10 +7,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -143,9 +142,3 @@ def write_json(path: Path, content: str) -> None:
     except OSError as e:
         partial.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written ({e.strerror or e}): choose another place") from e
-
-
-def metadata_value(metadata: Mapping[str, Any], key: str) -> Any:
-    """The plain value of a metadata key, or None."""
-    entry = metadata.get(key)
-    return None if entry is None else entry.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ziggurat.converter import pipeline
+from ziggurat.converter import pipeline, write
 from ziggurat.converter.errors import OutputError
 from ziggurat.converter.pipeline import ConvertSettings, convert
 from ziggurat.converter.report import Estimate
@@ -112,6 +113,19 @@ def test_a_full_disk(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("convert: error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_reserves_nothing(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(checkpoint("llama_gqa"), tmp_path / "reserved.gguf")
+
+    def refuse(fd: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(write, "_reserve_blocks", refuse)
+    convert(checkpoint("llama_gqa"), tmp_path / "plain.gguf")
+    assert (tmp_path / "reserved.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
