@@ -17,7 +17,7 @@ import psutil
 from ziggurat.converter import ggml
 from ziggurat.converter.errors import OutputError
 from ziggurat.converter.upstream import Plan
-from ziggurat.converter.write import real
+from ziggurat.converter.write import is_special, real
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def peak_memory_bytes() -> int:
 
 
 def write_json(path: Path, content: str) -> None:
-    """Write a small file so that it is there whole or not at all.
+    """Write a small file so that it is there whole or not at all; into a pipe or device directly.
 
     Raises:
         OutputError: the place cannot be written.
@@ -137,6 +137,9 @@ def write_json(path: Path, content: str) -> None:
     path_behind = real(path)
     partial = path_behind.with_name(f".{path_behind.name}.{os.getpid()}.part")
     try:
+        if is_special(path):
+            path.write_text(content, encoding="utf-8")
+            return
         partial.write_text(content, encoding="utf-8")
         os.replace(partial, path_behind)
     except OSError as e:

@@ -22,14 +22,17 @@ from ziggurat.converter.errors import OutputError, UnsupportedModelError
 ALIGNMENT = 32  # GGUF's default, which every reader assumes without a general.alignment key
 
 
-def check_target(path: Path, *, force: bool) -> None:
+def check_target(path: Path, *, force: bool, special: bool = False) -> None:
     """Refuse an output path that cannot or should not be written, before any work.
+
+    `special` allows what is no regular file, such as /dev/stdout.
 
     Raises:
         OutputError: the file exists and `force` is off, or its folder is missing or not writable.
     """
     try:
-        _check_target(path, force=force)
+        if not (special and is_special(path)):
+            _check_target(path, force=force)
     except OSError as e:  # a name that is too long, links in a circle
         raise OutputError(f"{path} cannot be written ({e.strerror}): choose another place") from e
 
@@ -37,7 +40,7 @@ def check_target(path: Path, *, force: bool) -> None:
 def _check_target(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name a file, for example {path / 'model.gguf'}")
-    if path.exists() and not path.is_file():  # a device or a pipe: replaced by a file it would be gone for everybody
+    if is_special(path):
         raise OutputError(f"{path} is no regular file: name another")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already: --force replaces it")
@@ -217,6 +220,11 @@ def _reserve_blocks(fd: int, size: int) -> None:
     if libc.fallocate(fd, 0, 0, size) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe: replaced by a file it would be gone for everybody."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def real(path: Path) -> Path:

@@ -48,7 +48,7 @@ def write_atomic(path: Path, content: bytes, option: str) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    return path.exists() and not path.is_file()
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _real(path: Path) -> Path:

@@ -340,6 +340,10 @@ def test_report_in_a_missing_folder(folder: Path, tmp_path: Path) -> None:
     refused(run(folder, tmp_path / "out.gguf", "--report", tmp_path / "no" / "report.json"), "does not exist")
 
 
+def test_report_is_a_folder(folder: Path, tmp_path: Path) -> None:
+    refused(run(folder, tmp_path / "out.gguf", "--report", tmp_path), "is a folder")
+
+
 def test_report_in_the_output(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refused(run(folder, tmp_path / "out.gguf", "--report", "out.gguf"), "cannot be the report as well")
@@ -366,7 +370,6 @@ def test_output_is_a_device_or_a_pipe(folder: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     refused(run(folder, pipe, "--force"), "is no regular file")
-    refused(run(folder, tmp_path / "out.gguf", "--report", pipe), "is no regular file")
     assert pipe.is_fifo()
 
 

@@ -179,6 +179,13 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(checkpoint: MakeCh
     assert looking.parameters > 0
 
 
+def test_the_report_on_standard_output(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ziggurat.converter", checkpoint("llama_gqa"), tmp_path / "out.gguf"]
+    result = subprocess.run([*command, "--report", "/dev/stdout"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["type"] == "q4_k_m"
+
+
 def test_a_link_stays_and_the_file_behind_it_is_written(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     for name in ("out.gguf", "report.json"):
