@@ -187,6 +187,9 @@ def test_doctor_names_each_problem_and_its_remedy(
     assert "NVIDIA A40, compute capability 8.6" in out
     assert "ZIGGURAT_CUDA=on" in out
     assert "convert needs torch" in out
+    gpus = [Gpu("a", "9.0", 2**30, 2**30), Gpu("b", "8.9", 2**30, 2**30)]
+    monkeypatch.setattr(hardware, "nvidia_gpus", lambda: gpus)
+    assert "ZIGGURAT_CUDA=89,90 pip" in run(capsys, "doctor")[1]
 
 
 def test_doctor_without_a_library_fails_and_still_tells_the_rest(
