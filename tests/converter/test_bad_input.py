@@ -204,6 +204,11 @@ def test_a_configuration_of_other_weights(
     refused(run(folder, tmp_path / "out.gguf"), *words)
 
 
+def test_a_number_of_layers_beyond_all_sense(folder: Path, tmp_path: Path) -> None:
+    edit(folder / "config.json", num_hidden_layers=10**9)
+    refused(run(folder, tmp_path / "out.gguf"), "num_hidden_layers = 1000000000", "not of these weights")
+
+
 def test_a_vision_encoder(folder: Path, tmp_path: Path) -> None:
     text = json.loads((folder / "config.json").read_text())
     edit(folder / "config.json", architectures=["CLIPModel"], text_config=text, vision_config={"hidden_size": 8})
