@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -19,10 +21,14 @@ from ziggurat.runtime.eval_options import FILE, choices_options, compute_options
 from ziggurat.runtime.options import device_options, kv_options, refuse_budgets
 
 if TYPE_CHECKING:
+    from ziggurat.runtime.eval_parts import NeedleGrid
     from ziggurat.runtime.evaluate.monitor import Monitor, Report
 
 T = TypeVar("T")
 _PARTS = ("text", "choices", "needle", "generate_needle")
+_NEEDLE_ONLY = ("needle_lengths", "needle_text", "needle_fact", "needle_question")
+_INPUTS = ("text", "against", "choices", "needle_text")
+_OUTPUTS = ("json_file", "plot", "save_logits", "generate_needle")
 _NEEDS = {"against": "text", "save_logits": "text", "chunks": "text", "limit": "choices", "choices_prompt": "choices"}
 
 
@@ -40,24 +46,32 @@ _NEEDS = {"against": "text", "save_logits": "text", "chunks": "text", "limit": "
 def evaluate(model: Path, **options: Any) -> int:
     """Measure the model in MODEL.gguf on a text, on questions, or on looking things up."""
     from ziggurat.runtime import eval_parts
+    from ziggurat.runtime.eval_parts import measure_choices
+    from ziggurat.runtime.evaluate.chunks import read_text
 
     refuse_budgets({name: value for name, value in options.items() if name.startswith("kv_")})
     if options["verbose"]:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s", stream=sys.stderr)
-    _check(options)
+    _check(model, options)
     eval_parts.checked(model, options)
+    # all parts are read before one is measured, so that a mistake in the last does not cost the work on the first
+    text = read_text(options["text"]) if options["text"] is not None else None
+    questions = eval_parts.questions(options) if options["choices"] is not None else None
+    asks = options["needle"] or options["generate_needle"] is not None
+    grid = eval_parts.NeedleGrid(model, options, _note) if asks else None
     figures: dict[str, Any] = {"model": str(model)}
-    if options["text"] is not None:
-        figures |= _text(model, options)
-    if options["choices"] is not None:
-        figures["choices"] = _in_thread(lambda monitor: eval_parts.measure_choices(model, options, monitor))
-    if options["needle"] or options["generate_needle"] is not None:
-        _needle(model, options, figures)
-    _finish(figures, options)
+    with _kill_as_interrupt():
+        if text is not None:
+            figures |= _text(model, text, options)
+        if questions is not None:
+            figures["choices"] = _in_thread(lambda monitor: measure_choices(model, questions, options, monitor))
+        if grid is not None:
+            _needle(grid, options, figures)
+        _finish(figures, options)
     return 0
 
 
-def _check(options: dict[str, Any]) -> None:
+def _check(model: Path, options: dict[str, Any]) -> None:
     """Refuse what cannot work before a model is loaded."""
     from ziggurat.runtime.evaluate.plot import check_available
     from ziggurat.runtime.files import check_target
@@ -67,22 +81,32 @@ def _check(options: dict[str, Any]) -> None:
     for name, part in _NEEDS.items():
         if options[name] is not None and options[part] is None:
             raise InvalidRequestError(f"--{name.replace('_', '-')} belongs to --{part}, which is not given")
+    if not options["needle"] and options["generate_needle"] is None:
+        for name in _NEEDLE_ONLY:
+            if options[name] is not None:
+                raise InvalidRequestError(f"--{name.replace('_', '-')} belongs to --needle, which is not given")
     against = options["against"]
     if against is not None and not against.exists():
         raise InvalidRequestError(f"--against {against}: does not exist")
-    for name in ("json_file", "plot", "save_logits", "generate_needle"):
+    taken = {path.resolve() for path in (model, *(options[name] for name in _INPUTS)) if path is not None}
+    for name in _OUTPUTS:
         if options[name] is not None:
-            check_target(options[name], "--" + name.replace("_file", "").replace("_", "-"))
+            option = "--" + name.replace("_file", "").replace("_", "-")
+            check_target(options[name], option)
+            if options[name].resolve() in taken:
+                raise InvalidRequestError(f"{option} {options[name]}: is read or written already; give another name")
+            taken.add(options[name].resolve())
     if options["plot"] is not None:
         check_available()
+        if not any(options[part] for part in _PARTS if part != "generate_needle"):
+            raise InvalidRequestError("--plot has nothing to draw: add --text, --choices or --needle")
 
 
-def _text(path: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _text(path: Path, text: str, options: dict[str, Any]) -> dict[str, Any]:
     from ziggurat.runtime.eval_parts import measure_text
-    from ziggurat.runtime.evaluate.chunks import read_text
     from ziggurat.runtime.evaluate.reference import as_gguf
 
-    text, against = read_text(options["text"]), options["against"]
+    against = options["against"]
     figures: dict[str, Any] = {"text": str(options["text"])}
     if against is not None:
         figures["reference"] = str(against)
@@ -93,12 +117,10 @@ def _text(path: Path, options: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def _needle(path: Path, options: dict[str, Any], figures: dict[str, Any]) -> None:
-    from ziggurat.runtime.eval_parts import NeedleGrid
+def _needle(grid: NeedleGrid, options: dict[str, Any], figures: dict[str, Any]) -> None:
     from ziggurat.runtime.evaluate.monitor import Monitor
     from ziggurat.runtime.files import write_atomic
 
-    grid = NeedleGrid(path, options, _note)
     target = options["generate_needle"]
     if target is not None:
         write_atomic(target, grid.jsonl().encode(), "--generate-needle")
@@ -106,6 +128,23 @@ def _needle(path: Path, options: dict[str, Any], figures: dict[str, Any]) -> Non
     if options["needle"]:
         with _progress() as report:  # the engine has a thread of its own, so Ctrl-C arrives here
             figures["needle"] = grid.measure(Monitor(report))
+
+
+@contextlib.contextmanager
+def _kill_as_interrupt() -> Iterator[None]:
+    """Let a polite kill remove what is half done, as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set in the main thread only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _in_thread(work: Callable[[Monitor], T]) -> T:
@@ -167,7 +206,7 @@ def _finish(figures: dict[str, Any], options: dict[str, Any]) -> None:
     if options["json_file"] is not None:
         content = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomic(options["json_file"], content.encode(), "--json")
-    if options["plot"] is not None and len(figures) > 1:
+    if options["plot"] is not None:
         write_atomic(options["plot"], plot.draw(figures), "--plot")
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
-from ziggurat.runtime.options import cache_options
+from ziggurat.runtime.errors import UnsupportedError
+from ziggurat.runtime.options import cache_options, parse_counts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +51,7 @@ def inspect(model: Path, contexts: str | None, cache_type_k: str, cache_type_v: 
     """
     from ziggurat.runtime.gguf_file import read_gguf
 
-    wanted = _parse_contexts(contexts) if contexts is not None else None
+    wanted = parse_counts(contexts, "--ctx") if contexts is not None else None
     report = describe(read_gguf(model), wanted, cache_type_k, cache_type_v)
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -189,16 +189,6 @@ def _once(values: tuple[int, ...]) -> int | list[int]:
 def _default_contexts(shape: KVShape) -> list[int]:
     trained = shape.n_ctx_train
     return sorted({n for n in _DEFAULT_CONTEXTS if not trained or n < trained} | ({trained} if trained else set()))
-
-
-def _parse_contexts(text: str) -> list[int]:
-    contexts = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([1-9]\d{0,8})([kK]?)\s*", part)
-        if match is None:
-            raise InvalidRequestError(f"--ctx {text}: give numbers of tokens with commas between, such as 4096,32k")
-        contexts.append(int(match[1]) * (1024 if match[2] else 1))
-    return contexts
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -120,12 +120,19 @@ def _show(report: dict[str, Any]) -> None:
     console.print(table)
     for line in _remarks(planned):
         console.print(line, markup=False)
-    console.print(
-        f"Into {human_bytes(fits['memory_bytes'])} fit {fits['conversations']} conversations of this context;"
-        f" the largest context of {conversations} is {fits['largest_ctx']:,} tokens."
-    )
+    largest = f"the largest context of {conversations} is {fits['largest_ctx']:,} tokens"
+    console.print(f"Into {human_bytes(fits['memory_bytes'])} {_fitting(fits['conversations'])}; {largest}.")
     if machine["shortage"] is not None:
         console.print(f"On this machine it {machine['shortage']}.", markup=False)
+
+
+def _fitting(conversations: int) -> str:
+    from ziggurat.runtime.plan.fit import MAX_CONVERSATIONS
+
+    if conversations < 2:
+        return f"fits {'one' if conversations else 'no'} conversation of this context"
+    most = ", the most the library runs" if conversations == MAX_CONVERSATIONS else ""
+    return f"fit {conversations} conversations of this context{most}"
 
 
 def _remarks(planned: dict[str, Any]) -> list[str]:
@@ -140,7 +147,7 @@ def _remarks(planned: dict[str, Any]) -> list[str]:
     if not planned["weights_exact"]:
         lines.append("The bytes of the weights are an estimate: the model is not converted yet.")
     if not planned["measured"]:
-        lines.append("The compute buffers are an estimate, within 10 % on a CPU.")
+        lines.append("The compute buffers are an estimate, mostly within 10 % on a CPU.")
     if not planned["kv_exact"]:
         lines.append("This family does not keep plain rows in every layer: KV by layer is an upper estimate.")
     return lines

@@ -59,7 +59,7 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     text = _read_prompt(prompt)
     stats_file = options["stats"]
     if stats_file is not None:
-        check_target(stats_file, "--stats")
+        check_target(stats_file, "--stats", special=True)
     settings = EngineSettings(
         n_ctx=options["ctx"],
         n_ubatch=options["ubatch"],

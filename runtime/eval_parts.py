@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
-from ziggurat.runtime.eval_options import DEFAULT_CTX, parse_counts, parse_depths
+from ziggurat.runtime.eval_options import DEFAULT_CTX, parse_depths
+from ziggurat.runtime.options import parse_counts
 
 if TYPE_CHECKING:
     from ziggurat.runtime.bindings import Model
+    from ziggurat.runtime.evaluate.choices_file import Question
     from ziggurat.runtime.evaluate.decoder import DecodeSettings
     from ziggurat.runtime.evaluate.monitor import Monitor
     from ziggurat.runtime.evaluate.needle import Needle, Writer
@@ -44,9 +46,14 @@ def checked(path: Path, options: Options) -> GGUFFile:
     from ziggurat.runtime.gguf_file import read_gguf
 
     file = read_gguf(path)
-    with contextlib.suppress(UnsupportedError):  # no attention, so no rows whose type could be wrong
+    try:
         shape = plan.kv_shape(file)
+    except UnsupportedError:
+        return file  # no attention, so no rows whose type could be wrong
+    try:
         plan.check_cache_types(shape, options["cache_type_k"], options["cache_type_v"])
+    except UnsupportedError as error:  # it may be the reference's shape that they do not fit
+        raise UnsupportedError(f"{path}: {error}") from None
     return file
 
 
@@ -68,10 +75,12 @@ def measure_text(
     from ziggurat.runtime.evaluate.chunks import cut
     from ziggurat.runtime.evaluate.decoder import ChunkDecoder
     from ziggurat.runtime.evaluate.logits_file import LogitsWriter
-    from ziggurat.runtime.evaluate.reference import fingerprint, open_reference
+    from ziggurat.runtime.evaluate.reference import fingerprint, is_logits_file, open_reference
     from ziggurat.runtime.evaluate.text import evaluate_text
 
     how = settings(options)
+    if against is not None and not is_logits_file(against):
+        checked(against, options)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(_loaded(path, options, monitor))
         chunks = cut(model.vocab, text, options["ctx"] or DEFAULT_CTX, options["chunks"], source=str(options["text"]))
@@ -89,15 +98,21 @@ def measure_text(
     return result.as_json()
 
 
-def measure_choices(path: Path, options: Options, monitor: Monitor) -> Figures:
-    """Return the accuracies on ``options["choices"]``."""
-    from ziggurat.runtime.evaluate.choices import evaluate_choices
+def questions(options: Options) -> list[Question]:
+    """Read ``--choices`` and check the form they are asked in. Raises InvalidRequestError."""
     from ziggurat.runtime.evaluate.choices_file import DEFAULT_PROMPT, read_questions
 
-    form = options["choices_prompt"] or DEFAULT_PROMPT
-    if "{question}" not in form:
+    if "{question}" not in (options["choices_prompt"] or DEFAULT_PROMPT):
         raise InvalidRequestError("--choices-prompt has no {question} in it")
-    questions = read_questions(options["choices"], options["limit"])
+    return read_questions(options["choices"], options["limit"])
+
+
+def measure_choices(path: Path, questions: list[Question], options: Options, monitor: Monitor) -> Figures:
+    """Return the accuracies on the questions of ``--choices``."""
+    from ziggurat.runtime.evaluate.choices import evaluate_choices
+    from ziggurat.runtime.evaluate.choices_file import DEFAULT_PROMPT
+
+    form = options["choices_prompt"] or DEFAULT_PROMPT
     with _loaded(path, options, monitor) as model:
         try:
             result = evaluate_choices(model, questions, settings(options), monitor, form)

@@ -10,14 +10,25 @@ from pathlib import Path
 from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
 
 
-def check_target(path: Path, option: str) -> None:
-    """Raise InvalidRequestError when a file cannot be made there, before the work for it begins."""
+def check_target(path: Path, option: str, *, special: bool = False) -> None:
+    """Raise InvalidRequestError when a file cannot be made there, before the work for it begins.
+
+    ``special`` allows devices and pipes, such as /dev/stdout.
+    """
     try:
         if path.is_dir():
             raise InvalidRequestError(f"{option} {path}: is a folder; give a file name")
-        if not _is_special(path) and not _real(path).parent.is_dir():
+        if _is_special(path):
+            if special:
+                return
+            raise InvalidRequestError(
+                f"{option} {path}: is a device or a pipe, which would be replaced; give a file name"
+            )
+        folder = _real(path).parent
+        if not folder.is_dir():
             raise InvalidRequestError(f"{option} {path}: its folder does not exist")
-    except OSError as error:  # a name that is too long
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell: read-only file systems, /proc
+    except OSError as error:  # a name that is too long as well
         raise InvalidRequestError(f"{option} {path}: cannot be written ({error.strerror or error})") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -105,6 +106,17 @@ sampling_options = option_group(
     ),
     click.option("--seed", type=int, help="Repeat a sampled generation; default: random."),
 )
+
+
+def parse_counts(text: str, option: str) -> list[int]:
+    """Return ascending whole numbers of a list such as "512,2k". Raises InvalidRequestError naming the option."""
+    counts = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([1-9]\d{0,8})([kK]?)\s*", part)
+        if match is None:
+            raise InvalidRequestError(f"{option} {text}: give numbers with commas between, such as 512,2k")
+        counts.add(int(match[1]) * (1024 if match[2] else 1))
+    return sorted(counts)
 
 
 def refuse_budgets(kv: dict[str, Any]) -> None:

@@ -28,9 +28,10 @@ class ContextSettings:
     """How a context is made.
 
     ``n_ctx`` is the number of KV rows **per sequence** (never divided by ``n_seq_max``; the library rounds it up to a
-    multiple of 256). ``n_batch`` bounds a batch, ``n_ubatch`` what is computed at once; both in tokens. ``type_k`` and
-    ``type_v`` are keys of ``CACHE_TYPES``. ``n_threads`` computes single tokens, ``n_threads_batch`` (default: the
-    same) prompts. ``swa_full`` keeps whole-context rows in sliding-window layers as well.
+    multiple of 256). ``n_batch`` bounds a batch (never to less than one token of every sequence), ``n_ubatch`` what is
+    computed at once; both in tokens. ``type_k`` and ``type_v`` are keys of ``CACHE_TYPES``. ``n_threads`` computes
+    single tokens, ``n_threads_batch`` (default: the same) prompts. ``swa_full`` keeps whole-context rows in
+    sliding-window layers as well.
     """
 
     n_ctx: int
@@ -48,6 +49,9 @@ class ContextSettings:
         for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("n_batch", "n_ubatch"):
+            if getattr(self, name) > MAX_ROWS:  # the library's fields have 32 bits: 2^32 + 1 would arrive as 1
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; it can be at most {MAX_ROWS}")
         if self.n_ctx * self.n_seq_max > MAX_ROWS:
             raise InvalidRequestError(f"a context of {self.n_ctx} x {self.n_seq_max} rows is beyond {MAX_ROWS}")
         for name in (self.type_k, self.type_v):
@@ -114,7 +118,7 @@ class Context:
 
     @property
     def n_batch(self) -> int:
-        """Largest batch in tokens; at most what the settings asked."""
+        """Largest batch in tokens; at most what the settings asked, unless there are more sequences."""
         return int(self._lib.llama_n_batch(self.handle))
 
     @property
@@ -213,7 +217,8 @@ def _fill(params: Any, settings: ContextSettings) -> None:
     more field there (a pointer at the end, in header and binding by the same patch) and one more line here.
     """
     params.n_ctx = _padded(settings.n_ctx) * settings.n_seq_max
-    params.n_batch = settings.n_batch
+    # the library reserves one output for every sequence, and aborts the process when a batch has no room for them
+    params.n_batch = max(settings.n_batch, settings.n_seq_max)
     params.n_ubatch = min(settings.n_ubatch, settings.n_batch)
     params.n_seq_max = settings.n_seq_max
     params.n_threads = settings.n_threads

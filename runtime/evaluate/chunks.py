@@ -23,7 +23,8 @@ from ziggurat.runtime.errors import InvalidRequestError
 def read_text(path: Path) -> str:
     """Return a UTF-8 text file's content without its last line break, as llama.cpp reads it.
 
-    Raises InvalidRequestError when the file cannot be read, is empty, or is not UTF-8.
+    Raises InvalidRequestError when the file cannot be read, is empty, or is not UTF-8. Characters of value 0 count as
+    not UTF-8: English in UTF-16 without a mark is made of them, and would be measured as something else.
     """
     try:
         data = path.read_bytes()
@@ -35,6 +36,9 @@ def read_text(path: Path) -> str:
         raise InvalidRequestError(
             f"{path}: is not UTF-8 text (byte {data[error.start]:#04x} at {error.start}); convert it to UTF-8"
         ) from None
+    if "\0" in text:
+        where = len(text[: text.index("\0")].encode())
+        raise InvalidRequestError(f"{path}: is not UTF-8 text (byte 0x00 at {where}); convert it to UTF-8")
     if not text.strip():
         raise InvalidRequestError(f"{path}: is empty: there is nothing to evaluate")
     return text[:-1] if text.endswith("\n") else text

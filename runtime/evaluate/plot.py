@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 from ziggurat.runtime.errors import UnsupportedError
@@ -40,7 +41,7 @@ def draw(figures: dict[str, Any]) -> bytes:
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(6.4 * columns, 4.2 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(str(figures.get("model", "")), fontsize=11)
+    figure.suptitle(_shortened(Path(figures.get("model", "")).name, 60 * columns), fontsize=11)
     for index, (panel, data) in enumerate(panels):
         panel(figure, figure.add_subplot(rows, columns, index + 1), data)
     buffer = io.BytesIO()
@@ -61,6 +62,7 @@ def _perplexity(_figure: Any, axes: Any, figures: dict[str, Any]) -> None:
         value = figures["reference_perplexity"]
         axes.axhline(value, color=_ORANGE, linestyle="--", label=f"reference: {value:.3f}")
     axes.set(title=f"Perplexity, chunks of {figures['n_ctx']} tokens", xlabel="chunk", ylabel="perplexity")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(fontsize=8)
     _finish(axes)
 
@@ -73,6 +75,7 @@ def _divergence(_figure: Any, axes: Any, figures: dict[str, Any]) -> None:
     axes.set_ylim(bottom=0)
     title = f"KL divergence from the reference, same likeliest token {figures['top1_agreement']:.1%}"
     axes.set(xlabel="chunk", ylabel="nats")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
     _finish(axes)
@@ -81,10 +84,9 @@ def _divergence(_figure: Any, axes: Any, figures: dict[str, Any]) -> None:
 def _choices(_figure: Any, axes: Any, figures: dict[str, Any]) -> None:
     names = ("accuracy", "accuracy_per_token", "accuracy_per_byte")
     values = [figures[name] for name in names]
-    bars = axes.bar(
-        ("sum", "per token", "per byte"), values, yerr=[figures[f"{name}_se"] for name in names], color=_BLUE, capsize=4
-    )
-    axes.bar_label(bars, [f"{value:.1%}" for value in values], label_type="center", color="white")
+    # the figures stand below the axis: in a bar the error's line would strike them through
+    labels = [f"{by}\n{value:.1%}" for by, value in zip(("sum", "per token", "per byte"), values, strict=True)]
+    axes.bar(labels, values, yerr=[figures[f"{name}_se"] for name in names], color=_BLUE, capsize=4)
     axes.axhline(figures["chance"], color=_ORANGE, linestyle="--", label=f"by chance: {figures['chance']:.1%}")
     axes.set_ylim(0, 1)
     axes.set(title=f"Multiple choice, {figures['items']:,} questions", ylabel="right", xlabel="log-likelihood")
@@ -94,17 +96,23 @@ def _choices(_figure: Any, axes: Any, figures: dict[str, Any]) -> None:
 
 def _heat_map(figure: Any, axes: Any, grid: dict[str, Any]) -> None:
     cells = grid["by_cell"]
+    size = min(9.0, 100 / len(grid["depths"]))  # narrow cells get small figures
+    axes.tick_params(axis="x", labelsize=size)
     image = axes.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="upper")
     axes.set_xticks(range(len(grid["depths"])), [f"{depth:.0%}" for depth in grid["depths"]])
     axes.set_yticks(range(len(grid["lengths"])), [f"{length:,}" for length in grid["lengths"]])
     for row, values in enumerate(cells):
         for column, value in enumerate(values):
             colour = "black" if value > 0.5 else "white"
-            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=9, color=colour)
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=size, color=colour)
     facts = "1 fact" if grid["facts"] == 1 else f"{grid['facts']} facts, one asked"
     axes.set(xlabel="depth of the fact", ylabel="tokens")
     axes.set_title(f"Retrieval, {facts}: {grid['accuracy']:.1%} of {grid['trials']} right", fontsize=10)
     figure.colorbar(image, ax=axes, format=lambda value, _: f"{value:.0%}", label="right to the last digit")
+
+
+def _shortened(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-most // 2 :]}"
 
 
 def _finish(axes: Any) -> None:

@@ -54,10 +54,11 @@ def answers(model: Any, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, 
 
 
 def retrieval(
-    model: Any, tokenizer: Tokenizer, held_out: Corpus, length: int, count: int, seed: int, facts: int | None
+    model: Any, tokenizer: Tokenizer, held_out: Corpus, length: int, options: argparse.Namespace
 ) -> dict[str, float]:
-    """Share of `count` answers whose first number is exactly the code asked for, and facts per text."""
-    trials = draw_trials(Encoder(tokenizer), held_out, length, count, seed, facts)
+    """Share of the answers whose first number is exactly the code asked for, and facts per text."""
+    count = options.trials
+    trials = draw_trials(Encoder(tokenizer), held_out, length, count, options.seed, options.facts, options.alike)
     said = answers(model, [trial.prompt for trial in trials], tokenizer, batch_tokens=16384)
     right = 0
     for trial, answer in zip(trials, said, strict=True):
@@ -97,6 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", default="256,512,1024,2048,4096", help="tokens of the whole chat")
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--facts", type=int, help="facts per text (default: 6 to 12, growing with the length)")
+    parser.add_argument("--alike", type=float, default=0.0, help="share of facts that differ in one word from another")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -113,14 +115,20 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model)
     model = load(options.model, options.device, options.dtype)
     texts = held_out_texts(options.texts)
-    result: dict[str, Any] = {"dtype": options.dtype, "seed": options.seed, "retrieval": {}, "held_out": {}}
+    result: dict[str, Any] = {
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "alike": options.alike,
+        "retrieval": {},
+        "held_out": {},
+    }
     for name, text in texts.items():
         result["held_out"][name] = perplexity(model, tokenizer, text)
         print(f"{name}: {result['held_out'][name]}", flush=True)
     held_out = Corpus.encode(tokenizer, "\n\n".join(texts[name] for name in STORIES))
     for length in map(int, options.lengths.split(",")):
         begun = time.monotonic()
-        figures = retrieval(model, tokenizer, held_out, length, options.trials, options.seed, options.facts)
+        figures = retrieval(model, tokenizer, held_out, length, options)
         result["retrieval"][str(length)] = figures
         print(f"retrieval at {length}: {figures} in {time.monotonic() - begun:.0f} s", flush=True)
     if options.json:

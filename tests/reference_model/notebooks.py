@@ -55,13 +55,25 @@ class Fact:
         return f"The code of {self.key} is {self.code}."
 
 
-def draw_facts(rng: random.Random, count: int, digits: Sequence[int] = (4,)) -> list[Fact]:
-    """Draw `count` facts with distinct keys and distinct codes; a code's length is drawn from `digits`."""
+def draw_facts(rng: random.Random, count: int, digits: Sequence[int] = (4,), alike: float = 0.0) -> list[Fact]:
+    """Draw `count` facts with distinct keys and distinct codes.
+
+    Args:
+        rng: the only source of chance.
+        count: how many.
+        digits: a code's length is drawn from these.
+        alike: share of the facts whose key differs from an earlier one in a single word, so that all three count.
+    """
     facts: list[Fact] = []
     keys: set[tuple[str, str, str]] = set()
     codes: set[str] = set()
     while len(facts) < count:
         key = (rng.choice(NAMES), rng.choice(COLOURS), rng.choice(THINGS))
+        if alike and facts and rng.random() < alike:
+            other, part = rng.choice(facts), rng.randrange(3)
+            words = [other.name, other.colour, other.thing]
+            words[part] = key[part]
+            key = (words[0], words[1], words[2])
         code = "".join(rng.choice("0123456789") for _ in range(rng.choice(digits)))
         if key not in keys and code not in codes:
             keys.add(key)
@@ -161,5 +173,5 @@ def notebook(rng: random.Random, encoder: Encoder, length: int, filler: Filler) 
     asked = rng.randint(1, max(1, min(12, budget // (2 * TURN_TOKENS))))
     budget -= asked * TURN_TOKENS
     most = max(asked, min(24, budget // (2 * FACT_TOKENS)))
-    facts = draw_facts(rng, rng.randint(max(asked, min(6, most)), most), digits=(3, 4, 4, 4, 4, 4, 5))
+    facts = draw_facts(rng, rng.randint(max(asked, min(6, most)), most), digits=(3, 4, 4, 4, 4, 4, 5), alike=0.3)
     return write_notebook(rng, encoder, facts, rng.sample(facts, asked), length, filler)

@@ -4,6 +4,7 @@ usage: train.py RUN --texts DIR [--plan plan.json] [--minutes M] [--device cpu|c
 
 RUN receives the model folder (RUN/model), the checkpoint (RUN/checkpoint.pt) and a log (RUN/log.jsonl). If there is a
 checkpoint, training goes on from it exactly as if it had not been interrupted; the plan may be changed in between.
+SIGTERM and the end of --minutes leave a checkpoint at the next report.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +27,7 @@ from data import STORIES, Batch, Corpus, Mixture, Rows, read_text, tokenizer_tex
 from model import Llama, Shape, save_model
 from muon import Muon
 from notebooks import COLOURS, DIGIT_WEIGHT, NAMES, THINGS
-from trials import draw_trials, probe
+from trials import draw_trials, held_out_loss, probe
 from vocabulary import load_tokenizer, save_tokenizer, train_tokenizer
 
 log = logging.getLogger("train")
@@ -53,6 +56,8 @@ class Stage:
     copy: float
     rate: tuple[float, float]  # factors on the learning rates at the beginning and the end, linear in between
     step_tokens: int = 8192
+    dropout: float = 0.0  # the texts are small: from the fourth time round they are learnt by heart without it
+    decay: float = 0.005  # of the matrices, per unit of learning rate
 
 
 DEFAULT_PLAN = Path(__file__).with_name("plan.json")
@@ -75,6 +80,7 @@ class Trainer:
 
     def __init__(self, rows: Rows, shape: Shape, seed: int, device: str = "cpu", constructed: bool = True) -> None:
         generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # dropout
         self.rows, self.device = rows, device
         self.model = Llama(shape)
         self.model.initialise(generator)
@@ -110,6 +116,10 @@ class Trainer:
         for optimizer, base in zip(self.optimizers, (MUON_RATE, ADAM_RATE), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * rate
+        for group in self.optimizers[0].param_groups:
+            group["decay"] = stage.decay
+        self.model.dropout = stage.dropout
+        self.model.train()
         length = int(self.rows.rng.choices(list(stage.lengths), list(stage.lengths.values()))[0])
         notebooks = max(1, round(stage.notebooks * stage.step_tokens / length)) if stage.notebooks else 0
         others = max(1, round((stage.step_tokens - notebooks * length) / stage.text_length))
@@ -168,6 +178,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rows_rng": self.rows.rng.getstate(),
             "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device == "cuda" else [],
             "position": [self.step, self.stage, self.stage_tokens, self.tokens, self.seconds],
         }
         draft = path.with_suffix(".tmp")
@@ -175,13 +186,21 @@ class Trainer:
         os.replace(draft, path)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of a model of the same shape."""
+        """Go on from a checkpoint.
+
+        Raises:
+            SystemExit: it is of a model of another shape.
+        """
         state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        if state["shape"] != asdict(self.model.shape):
+            raise SystemExit(f"{path}: made for {state['shape']}, not for {asdict(self.model.shape)}")
         self.model.load_state_dict(state["model"])
         for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(value)
         self.rows.rng.setstate(state["rows_rng"])
         torch.set_rng_state(state["torch_rng"].cpu())
+        if self.device == "cuda" and state.get("cuda_rng"):
+            torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda_rng"]])
         self.step, self.stage, self.stage_tokens, self.tokens, self.seconds = state["position"]
 
 
@@ -218,15 +237,19 @@ def main() -> None:
     if checkpoint.exists():
         trainer.load(checkpoint)
         log.info("resumed at step %d, %.2f million tokens", trainer.step, trainer.tokens / 1e6)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     begun = saved = time.monotonic()
     while (report := trainer.run(plan, 20)) is not None:
         now = time.monotonic()
-        done = now - begun > options.minutes * 60
+        done = stop.is_set() or now - begun > options.minutes * 60
         entry: dict[str, Any] = {"step": trainer.step, "stage": trainer.stage, "tokens": trainer.tokens, **report}
         entry["tokens_per_second"] = round(trainer.tokens / trainer.seconds)
         if done or now - saved > options.save_every * 60:
             trainer.save(checkpoint)
             save_model(trainer.model, folder)
+            # Falling training loss with rising loss here means learning by heart: more dropout, or stop.
+            entry["held_out"] = round(held_out_loss(trainer.model, held_out, options.device), 4)
             entry["retrieval"] = {n: probe(trainer.model, some, options.device) for n, some in trials.items()}
             saved = time.monotonic()
         with (options.run / "log.jsonl").open("a") as file:

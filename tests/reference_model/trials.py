@@ -24,17 +24,24 @@ class Trial:
 
 
 def draw_trials(
-    encoder: Encoder, held_out: Corpus, length: int, count: int, seed: int, facts: int | None = None
+    encoder: Encoder,
+    held_out: Corpus,
+    length: int,
+    count: int,
+    seed: int,
+    facts: int | None = None,
+    alike: float = 0.0,
 ) -> list[Trial]:
     """`count` chats of exactly `length` tokens, answer included, that each ask for one of at least six facts.
 
-    The number of facts grows with the length to at most twelve, unless given; codes have four digits.
+    The number of facts grows with the length to at most twelve, unless given; codes have four digits. `alike`: see
+    `draw_facts`.
     """
     rng = random.Random(seed * 1_000_003 + length)
     most = facts or max(FEWEST_FACTS, min(12, length // (6 * FACT_TOKENS)))
     trials = []
     for _ in range(count):
-        some = draw_facts(rng, most)
+        some = draw_facts(rng, most, alike=alike)
         asked = rng.choice(some)
         row = write_notebook(rng, encoder, some, [asked], length, lambda room: held_out.filler(rng, room))
         opening = encoder.header("assistant")
@@ -49,11 +56,24 @@ def _last(ids: Sequence[int], part: Sequence[int]) -> int:
 
 
 @torch.no_grad()
+def held_out_loss(model: Llama, held_out: Corpus, device: str, windows: int = 24, length: int = 512) -> float:
+    """Mean loss in nats per token over the first windows of a text that is never trained on."""
+    model.eval()
+    losses = []
+    for at in range(0, min(len(held_out.ids) - length, windows * length), length):
+        ids = torch.from_numpy(held_out.ids[at : at + length].astype("int64"))[None].to(device)
+        with torch.autocast(device, torch.bfloat16):
+            losses.append(model.losses(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:]).float())[0])
+    return float(torch.cat(losses).mean())
+
+
+@torch.no_grad()
 def probe(model: Llama, trials: Sequence[Trial], device: str) -> float:
     """Share of the trials whose digits are all the best token, given the rest of the answer.
 
     Much cheaper than generating, and the same but for answers whose words go wrong before the digits.
     """
+    model.eval()
     right = 0
     for trial in trials:
         ids = torch.tensor([trial.answered.ids], device=device)

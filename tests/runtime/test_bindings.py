@@ -134,6 +134,16 @@ def test_sequences_in_one_batch_do_not_see_each_other(spm_model: Model) -> None:
         assert (context.last_position(0), context.last_position(1)) == (-1, 3)
 
 
+def test_a_batch_has_room_for_every_sequence(spm_model: Model) -> None:
+    with Context(spm_model, settings(n_batch=4, n_ubatch=4, n_seq_max=6)) as context:
+        assert context.n_batch == 6
+        batch = context.new_batch()
+        for sequence in range(6):
+            batch.add([5], 0, sequence, output_last=True)
+        context.decode(batch)
+        assert context.output_logits().shape[0] == 6
+
+
 def test_a_full_context_is_an_error_and_stays_usable(spm_model: Model) -> None:
     with Context(spm_model, settings()) as context:
         batch = context.new_batch()
@@ -181,6 +191,7 @@ def test_the_abort_flag_is_seen_from_another_thread(spm_model: Model) -> None:
     [
         ({"n_ctx": 0}, "n_ctx is 0"),
         ({"n_ubatch": 0}, "n_ubatch is 0"),
+        ({"n_batch": 2**32 + 1}, "n_batch is 4294967297; it can be at most"),
         ({"n_ctx": 2**31}, "is beyond"),
         ({"type_k": "q2_k"}, "cache type 'q2_k' is unknown"),
         ({"type_v": "q8_0", "flash_attention": "off"}, "needs flash attention"),

@@ -179,6 +179,7 @@ def test_generated_documents_are_deterministic_jsonl(run: Run, spm_path: Path, t
         (b"", "is empty: there is nothing to evaluate"),
         (b" \n\n", "is empty"),
         (b"abc\xff", "is not UTF-8 text (byte 0xff at 3)"),
+        ("the cat".encode("utf-16-le"), "is not UTF-8 text (byte 0x00 at 1)"),
         (b"a", "has 2 tokens and one chunk takes 512: give a longer text"),
         (b"the cat and the hat", "or a --ctx of at most"),
         (None, "cannot be read (No such file or directory)"),
@@ -199,6 +200,7 @@ def test_bad_requests(run: Run, spm_path: Path, chat_path: Path, text: Path, tmp
 
     says("there is nothing to evaluate", spm_path)
     says("--against belongs to --text", spm_path, "--needle", "--against", chat_path)
+    says("--needle-lengths belongs to --needle", spm_path, "--text", text, "--needle-lengths", "512")
     says("--limit belongs to --choices", spm_path, "--text", text, "--limit", 3)
     says("missing.gguf", tmp_path / "missing.gguf", "--text", text)
     says("missing: does not exist", spm_path, "--text", text, "--against", tmp_path / "missing")
@@ -206,6 +208,11 @@ def test_bad_requests(run: Run, spm_path: Path, chat_path: Path, text: Path, tmp
     says("text.txt", spm_path, "--text", text, "--ctx", 64, "--against", text)  # neither GGUF nor logits
     says("its folder does not exist", spm_path, "--text", text, "--json", tmp_path / "no" / "x.json")
     says("is a folder", spm_path, "--text", text, "--plot", tmp_path)
+    says("cannot be written", spm_path, "--text", text, "--json", "/proc/report.json")
+    says("is a device", spm_path, "--text", text, "--json", "/dev/null")
+    says("--json", spm_path, "--text", text, "--json", spm_path)
+    says("--plot", spm_path, "--text", text, "--json", tmp_path / "x", "--plot", tmp_path / "x")
+    says("nothing to draw", spm_path, "--generate-needle", tmp_path / "x", "--plot", tmp_path / "y", "--raw")
     says("has no chat template", spm_path, "--needle")
     says("the model was trained for 1024 tokens", chat_path, "--needle", "--needle-lengths", "512,2k")
     says("--ctx is 600 tokens", chat_path, "--needle", "--needle-lengths", "1k", "--ctx", 600)
@@ -216,6 +223,30 @@ def test_bad_requests(run: Run, spm_path: Path, chat_path: Path, text: Path, tmp
     says("no {question}", spm_path, "--choices", text, "--choices-prompt", "x")
     says("text.txt: line 1 is not valid JSON", spm_path, "--choices", text)
     says("--kv-budget", spm_path, "--text", text, "--kv-budget", "64")
+
+
+def test_cache_types_must_fit_model_and_reference(run: Run, chat_path: Path, text: Path, tmp_path: Path) -> None:
+    narrow = tiny_models.write_model(tmp_path / "narrow.gguf", tokens=tiny_models.bpe_tokens())
+    asked = ["--text", text, "--ctx", 64, "--cache-type-k", "q8_0"]
+    expected = f"{narrow}: --cache-type-k q8_0 needs heads of a multiple of 32 values, this model's have 16"
+    assert expected in refused(run, narrow, *asked)
+    assert expected in refused(run, chat_path, *asked, "--against", narrow)
+
+
+def test_a_mistake_in_one_part_is_named_before_another_is_measured(
+    run: Run, chat_path: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_parts, "measure_text", lambda *_: pytest.fail("was measured"))
+    assert "--needle-lengths" in refused(run, chat_path, "--text", text, "--needle", "--needle-lengths", "9k")
+    assert "missing" in refused(run, chat_path, "--text", text, "--choices", tmp_path / "missing")
+
+
+def test_few_tokens_a_batch_and_many_choices(run: Run, spm_path: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.json"
+    questions.write_text(json.dumps([{"question": "the cat?", "choices": ["a hat", "a tent", "an end"], "answer": 0}]))
+    outputs = [run(spm_path, "--choices", questions, "--batch", size)[:2] for size in (1, 2048)]
+    assert outputs[0][0] == 0
+    assert outputs[0] == outputs[1]
 
 
 def test_chunks_beyond_the_trained_context_are_announced(run: Run, tmp_path: Path) -> None:
@@ -248,7 +279,8 @@ def test_nothing_heavy_is_imported_for_help() -> None:
     assert "--against" in done.stdout
 
 
-def test_an_interrupt_ends_it_cleanly(spm_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_it_cleanly(spm_path: Path, tmp_path: Path, number: signal.Signals) -> None:
     text, saved, report = tmp_path / "long.txt", tmp_path / "saved", tmp_path / "r.json"
     text.write_text(TEXT * 2000)
     arguments = [spm_path, "--text", text, "--ctx", 512, "--save-logits", saved, "--json", report, "--threads", 1]
@@ -259,7 +291,7 @@ def test_an_interrupt_ends_it_cleanly(spm_path: Path, tmp_path: Path) -> None:
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, number)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out, err.strip()) == (130, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]

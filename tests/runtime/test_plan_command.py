@@ -57,6 +57,14 @@ def test_plan_json_is_what_a_context_takes(
     assert report["machine"]["shortage"] is None
 
 
+def test_more_conversations_than_a_batch_has_tokens(
+    capsys: pytest.CaptureFixture[str], spm_path: Path, machine: dict[str, Any]
+) -> None:
+    code, out, err = run(capsys, "plan", spm_path, "--json", "--ctx", 256, "--batch", 8, "--ubatch", 8)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["fits"]["conversations"] == 256
+
+
 def test_plan_shows_a_table(capsys: pytest.CaptureFixture[str], spm_path: Path, machine: dict[str, Any]) -> None:
     code, out, err = run(capsys, "plan", spm_path, "--memory", "8GiB")
     assert (code, err) == (0, "")
@@ -122,6 +130,16 @@ def test_wrong_wishes_are_one_line(
     code, out, err = run(capsys, "plan", spm_path, *options)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert said in err
+
+
+def test_what_fits_is_told_in_words(
+    capsys: pytest.CaptureFixture[str], spm_path: Path, machine: dict[str, Any]
+) -> None:
+    def told(memory: str) -> str:
+        return " ".join(run(capsys, "plan", spm_path, "--estimate", "--ctx", 512, "--memory", memory)[1].split())
+
+    assert "fits no conversation of this context" in told("1")
+    assert "fit 256 conversations of this context, the most the library runs;" in told("32GiB")
 
 
 def test_wrong_files_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, machine: dict[str, Any]) -> None:

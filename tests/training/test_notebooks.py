@@ -27,6 +27,14 @@ def test_facts_have_distinct_keys_and_codes() -> None:
     assert {len(fact.code) for fact in facts} == {3, 4, 5}
 
 
+def test_alike_facts_differ_from_another_in_one_word() -> None:
+    facts = draw_facts(random.Random(0), 12, alike=1.0)
+    assert len({fact.key for fact in facts}) == 12
+    for index, fact in enumerate(facts[1:], 1):
+        words = fact.key.split()
+        assert any(sum(a != b for a, b in zip(words, other.key.split(), strict=True)) == 1 for other in facts[:index])
+
+
 @pytest.mark.parametrize("length", [128, 256, 1024])
 def test_every_fact_is_stated_once_and_the_weights_mark_the_digits(
     tokenizer: Tokenizer, corpus: Corpus, length: int

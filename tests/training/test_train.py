@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from vocabulary import load_tokenizer
 MICRO = Shape(hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, ffn=32, rope_base=1e6, context=128)
 PLAN = [
     Stage(768, 0.5, {"128": 0.5, "160": 0.5}, 64, text=0.5, chat=0.2, copy=0.3, rate=(0.1, 1.0), step_tokens=256),
-    Stage(800, 0.0, {"128": 1.0}, 64, text=0.2, chat=0.2, copy=0.1, rate=(1.0, 0.0), step_tokens=256),
+    Stage(800, 0.0, {"128": 1.0}, 64, text=0.3, chat=0.3, copy=0.4, rate=(1.0, 0.0), step_tokens=256, dropout=0.2),
 ]
 
 
@@ -49,6 +50,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert (other.step, other.stage, other.tokens) == (whole.step, whole.stage, whole.tokens)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    trainer().save(tmp_path / "checkpoint.pt")
+    other = Trainer(rows(0), dataclasses.replace(MICRO, ffn=64), 0, constructed=False)
+    with pytest.raises(SystemExit, match="made for"):
+        other.load(tmp_path / "checkpoint.pt")
 
 
 def test_training_lowers_the_loss_and_ends_with_the_plan() -> None:
