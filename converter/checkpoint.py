@@ -75,6 +75,7 @@ def open_checkpoint(folder: Path, *, ignore_code: bool = False) -> Checkpoint:
     if not ignore_code:
         _refuse_custom_code(folder, config)
     tensors = _tensor_table(folder)
+    _refuse_endless_layers(folder, config, len(tensors))
     prequantized.refuse_unknown(folder, config, tensors)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TokenizerError(
@@ -123,6 +124,17 @@ def _refuse_custom_code(folder: Path, config: dict[str, Any]) -> None:
             raise UnsupportedModelError(
                 f"{folder / name} asks for code of its own (auto_map), which is never run here: if the architecture is "
                 "also part of transformers, --ignore-code converts it as such; else use another checkpoint"
+            )
+
+
+def _refuse_endless_layers(folder: Path, config: dict[str, Any], n_tensors: int) -> None:
+    """Refuse a number of layers beyond all sense: upstream makes a table of names for every one of them."""
+    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        n_layers = config.get(key)
+        if isinstance(n_layers, int) and n_layers > max(n_tensors, 10_000):
+            raise CheckpointError(
+                f"{folder / 'config.json'} says {key} = {n_layers}, the weights are {n_tensors} tensors: it is not "
+                "of these weights, copy the file again"
             )
 
 

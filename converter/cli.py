@@ -81,8 +81,14 @@ def convert(  # noqa: PLR0913 - one parameter per option
 
 
 def main() -> None:
-    """Entry point of `convert`."""
-    convert(prog_name="convert")
+    """Entry point of `convert`; a wrong call is one line as well."""
+    try:
+        convert.main(prog_name="convert", standalone_mode=False)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as e:
+        click.echo(f"convert: error: {' '.join(e.format_message().split())} (see: convert --help)", err=True)
+        sys.exit(e.exit_code)
 
 
 @contextmanager
@@ -111,16 +117,18 @@ def _fail(console: Console, message: str, code: int = 1) -> NoReturn:
 
 @contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Let a polite kill clean up like Ctrl-C."""
+    """Let a polite kill and a terminal that closes clean up like Ctrl-C; what nohup ignores stays ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    old = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    old = [(number, signal.signal(number, interrupt)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old:
+            signal.signal(number, handler)
 
 
 def _quiet_libraries(*, verbose: bool) -> None:

@@ -29,8 +29,11 @@ def resolve(model: str | Path) -> Path:
         LibraryError: huggingface_hub is not installed.
     """
     path = Path(model)
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as e:  # a name that is too long, a folder that is closed
+        raise CheckpointError(f"{model} cannot be opened ({e.strerror}): check the path") from e
     match = HUB_ID.fullmatch(str(model))
     if match is None:
         raise CheckpointError(f"{model} does not exist: give a folder in Hugging Face format or a hub id (owner/name)")

@@ -26,7 +26,9 @@ def check_loadable(path: Path) -> None:
         TokenizerError: llama.cpp does not know the pre-tokenizer.
         UnsupportedModelError: llama.cpp would not load it for another reason, which is told.
     """
-    command = [sys.executable, "-c", f"from {__name__} import _child; _child()", str(path)]
+    # Python would look for modules in the current folder first, which may be a checkpoint with files of its own.
+    code = f"import sys; sys.path = [p for p in sys.path if p]; from {__name__} import _child; _child()"
+    command = [sys.executable, "-c", code, str(path)]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if result.returncode == 0:

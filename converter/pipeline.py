@@ -85,7 +85,7 @@ def convert(
     _check_names(settings)
     check_target(out, force=settings.force)
     if settings.report is not None:
-        check_target(settings.report, force=True)
+        check_target(settings.report, force=True, special=True)
         if settings.report.resolve() == out.resolve():
             raise OutputError(f"{out} cannot be the report as well: name another file")
     checkpoint = open_checkpoint(hub.resolve(model), ignore_code=settings.ignore_code)

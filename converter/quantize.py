@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def stream(
                 for task in _tasks(tensor, source, weights):
                     while len(pending) > 4 * threads:
                         yield _finish(*pending.popleft())
-                    pending.append((pool.submit(_convert, tensor, task, type_id), tensor, task.rows.size))
+                    pending.append((pool.submit(_convert, tensor, task, type_id), tensor, task.elements))
                     del task
                 del source
             while pending:
@@ -86,12 +87,13 @@ def stream(
 class _Task:
     rows: npt.NDArray[Any]
     importance: npt.NDArray[np.float32] | None
+    elements: int
 
 
 def _tasks(tensor: PlannedTensor, source: npt.NDArray[Any], weights: npt.NDArray[np.float32] | None) -> Iterator[_Task]:
     """Cut a tensor into slabs of rows; a slab never crosses an expert, since each has importance data of its own."""
     if source.dtype == np.uint8 and tensor.type_id not in (F32, F16, BF16):  # raw bytes, already in their final type
-        yield _Task(source.reshape(-1), None)
+        yield _Task(source.reshape(-1), None, math.prod(tensor.shape))
         return
     columns = tensor.shape[-1] if tensor.shape else 1
     rows = tensor.shape[-2] if len(tensor.shape) > 2 else -1
@@ -101,7 +103,8 @@ def _tasks(tensor: PlannedTensor, source: npt.NDArray[Any], weights: npt.NDArray
         weights = np.ascontiguousarray(weights, np.float32).reshape(-1, columns)
     for i, matrix in enumerate(matrices):
         for begin in range(0, len(matrix), step):
-            yield _Task(matrix[begin : begin + step], None if weights is None else weights[i % len(weights)])
+            part = matrix[begin : begin + step]
+            yield _Task(part, None if weights is None else weights[i % len(weights)], part.size)
 
 
 def _convert(tensor: PlannedTensor, task: _Task, type_id: int) -> npt.NDArray[np.uint8]:

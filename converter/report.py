@@ -7,10 +7,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -18,6 +17,7 @@ import psutil
 from ziggurat.converter import ggml
 from ziggurat.converter.errors import OutputError
 from ziggurat.converter.upstream import Plan
+from ziggurat.converter.write import is_special, real
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,19 @@ def peak_memory_bytes() -> int:
 
 
 def write_json(path: Path, content: str) -> None:
-    """Write a small file so that it is there whole or not at all.
+    """Write a small file so that it is there whole or not at all; into a pipe or device directly.
 
     Raises:
         OutputError: the place cannot be written.
     """
-    partial = path.absolute().with_name(f".{path.name}.{os.getpid()}.part")
+    path_behind = real(path)
+    partial = path_behind.with_name(f".{path_behind.name}.{os.getpid()}.part")
     try:
+        if is_special(path):
+            path.write_text(content, encoding="utf-8")
+            return
         partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
+        os.replace(partial, path_behind)
     except OSError as e:
         partial.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written ({e.strerror or e}): choose another place") from e
-
-
-def metadata_value(metadata: Mapping[str, Any], key: str) -> Any:
-    """The plain value of a metadata key, or None."""
-    entry = metadata.get(key)
-    return None if entry is None else entry.value

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
+import glob
 import os
 import shutil
 import struct
@@ -19,17 +22,29 @@ from ziggurat.converter.errors import OutputError, UnsupportedModelError
 ALIGNMENT = 32  # GGUF's default, which every reader assumes without a general.alignment key
 
 
-def check_target(path: Path, *, force: bool) -> None:
+def check_target(path: Path, *, force: bool, special: bool = False) -> None:
     """Refuse an output path that cannot or should not be written, before any work.
+
+    `special` allows what is no regular file, such as /dev/stdout.
 
     Raises:
         OutputError: the file exists and `force` is off, or its folder is missing or not writable.
     """
+    try:
+        if not (special and is_special(path)):
+            _check_target(path, force=force)
+    except OSError as e:  # a name that is too long, links in a circle
+        raise OutputError(f"{path} cannot be written ({e.strerror}): choose another place") from e
+
+
+def _check_target(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name a file, for example {path / 'model.gguf'}")
+    if is_special(path):
+        raise OutputError(f"{path} is no regular file: name another")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already: --force replaces it")
-    folder = path.absolute().parent
+    folder = real(path).parent
     if not folder.is_dir():
         raise OutputError(f"{folder} does not exist: create it, or choose another place for {path.name}")
     if not folder.stat().st_mode & 0o222:  # root could, but a folder that nobody may write is closed on purpose
@@ -68,6 +83,7 @@ class GGUFFile:
         self.sizes = [stored_bytes(shape, type_id) for _, shape, type_id in tensors]
         self.data_bytes = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in self.sizes)
         self._file: BinaryIO | None = None
+        self._lock: BinaryIO | None = None
         self._committed = False
         self._in_tensor = 0
         self._index = 0
@@ -82,6 +98,8 @@ class GGUFFile:
         if not self._committed:
             with contextlib.suppress(OSError):
                 self.partial.unlink()
+        if self._lock is not None:
+            self._lock.close()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise self._write_error(error) from error
 
@@ -94,13 +112,17 @@ class GGUFFile:
         """
         from llama_cpp import _gguf as gguf
 
-        free = shutil.disk_usage(self.path.absolute().parent).free
+        _remove_abandoned(self.path)
+        free = shutil.disk_usage(self.partial.parent).free
         if free < self.data_bytes:
             raise OutputError(
-                f"{self.path.absolute().parent} has {free / 1e6:.1f} MB free, {self.path.name} needs "
+                f"{self.partial.parent} has {free / 1e6:.1f} MB free, {self.path.name} needs "
                 f"{self.data_bytes / 1e6:.1f} MB: make room or choose another place"
             )
         try:
+            self._lock = self.partial.open("wb")
+            with contextlib.suppress(OSError):  # not every file system has locks
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             writer = gguf.GGUFWriter(path=None, arch=self._arch)
             writer.kv_data = [dict(self._metadata)]
             for (name, shape, type_id), size in zip(self._tensors, self.sizes, strict=True):
@@ -161,7 +183,7 @@ class GGUFFile:
             size = self._file.tell()
             self._file.truncate(size)
             self._file.close()
-            os.replace(self.partial, self.path)
+            os.replace(self.partial, real(self.path))
         except OSError as e:
             raise self._write_error(e) from e
         self._committed = True
@@ -175,9 +197,9 @@ class GGUFFile:
         assert self._file is not None
         self._file.flush()
         try:
-            os.posix_fallocate(self._file.fileno(), 0, size)
-        except (AttributeError, OSError) as e:
-            if isinstance(e, OSError) and e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            _reserve_blocks(self._file.fileno(), size)
+        except OSError as e:
+            if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
             self._file.truncate(size)  # a file system that cannot reserve: at least give it its length
 
@@ -187,5 +209,36 @@ class GGUFFile:
         return OutputError(f"{self.path} cannot be written ({error.strerror or error}): choose another place")
 
 
+def _reserve_blocks(fd: int, size: int) -> None:
+    """Linux's fallocate.
+
+    Where a file system has none, glibc's posix_fallocate writes into every block instead: millions of requests for a
+    large model on a network drive.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if libc.fallocate(fd, 0, 0, size) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe: replaced by a file it would be gone for everybody."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def real(path: Path) -> Path:
+    """The file that `path` leads to, absolute: what is renamed onto a link would take the link's place."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
+
+
 def _partial_name(path: Path) -> Path:
-    return path.absolute().with_name(f".{path.name}.{os.getpid()}.part")
+    return real(path).with_name(f".{real(path).name}.{os.getpid()}.part")
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove partial files of conversions to `path` that were killed: nobody holds their lock."""
+    for left in real(path).parent.glob(f".{glob.escape(real(path).name)}.*.part"):
+        with contextlib.suppress(OSError), left.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()

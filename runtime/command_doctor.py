@@ -57,7 +57,7 @@ def examine() -> dict[str, Any]:
     if error is not None:
         _note(problems, "error", str(error), "pip install ./patches")
     else:
-        _check_library(library, bool(gpus), problems)
+        _check_library(library, {gpu.compute_capability for gpu in gpus}, problems)
     missing = [name for name, version in report["convert_packages"].items() if version is None]
     if missing:
         _note(problems, "note", f"convert needs {', '.join(missing)}", "pip install 'ziggurat[convert]'")
@@ -87,7 +87,7 @@ def _library() -> tuple[dict[str, Any], LibraryError | None]:
         return {}, error
 
 
-def _check_library(library: dict[str, Any], has_gpu: bool, problems: list[dict[str, str]]) -> None:
+def _check_library(library: dict[str, Any], capabilities: set[str], problems: list[dict[str, str]]) -> None:
     from ziggurat.runtime.bindings.library import PATCHED_REMEDY
 
     if not library["patched"]:
@@ -96,14 +96,11 @@ def _check_library(library: dict[str, Any], has_gpu: bool, problems: list[dict[s
     if library["package_version"].partition("+")[0] != _SUPPORTED:
         what = f"llama-cpp-python {library['package_version']} is not the tested {_SUPPORTED}"
         _note(problems, "warning", what, f"pip install llama-cpp-python=={_SUPPORTED}")
-    if has_gpu and not library["gpu_offload"]:
+    if capabilities and not library["gpu_offload"]:
         what = "there is an NVIDIA GPU, but the library was built without CUDA"
-        _note(
-            problems,
-            "warning",
-            what,
-            "ZIGGURAT_CUDA=on pip install --force-reinstall --no-deps ./patches",
-        )
+        # the setting's "on" builds for 8.6 alone
+        wanted = "on" if capabilities == {"8.6"} else ",".join(sorted(c.replace(".", "") for c in capabilities))
+        _note(problems, "warning", what, f"ZIGGURAT_CUDA={wanted} pip install --force-reinstall --no-deps ./patches")
 
 
 def _note(problems: list[dict[str, str]], severity: str, what: str, remedy: str) -> None:
@@ -124,6 +121,8 @@ def _show(report: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # paths are long, and their ends are what counts
     for label, value in _facts(report):
         table.add_row(Text(label, style="bold"), Text(value))
     console.print(table)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
+from ziggurat.runtime.files import check_target, write_atomic
 from ziggurat.runtime.options import context_options, device_options, kv_options, refuse_budgets, sampling_options
 
 if TYPE_CHECKING:
@@ -60,8 +58,8 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     sampling = _sampling(options)
     text = _read_prompt(prompt)
     stats_file = options["stats"]
-    if stats_file is not None and not stats_file.absolute().parent.is_dir():
-        raise InvalidRequestError(f"--stats {stats_file}: its folder does not exist")
+    if stats_file is not None:
+        check_target(stats_file, "--stats", special=True)
     settings = EngineSettings(
         n_ctx=options["ctx"],
         n_ubatch=options["ubatch"],
@@ -76,7 +74,8 @@ def run(model: Path, prompt: str, **options: Any) -> int:
         done = generate(engine, request)
     click.echo(_summary(done), err=True)
     if stats_file is not None:
-        _write_stats(stats_file, done)
+        content = json.dumps({**done.stats.as_json(), "finish_reason": done.reason}, indent=2) + "\n"
+        write_atomic(stats_file, content.encode(), "--stats")
     return 0
 
 
@@ -158,22 +157,3 @@ def _summary(done: FinishEvent) -> str:
         f" | KV {stats.kv_bytes / 2**20:.1f} MiB"
         f" | {done.reason}]"
     )
-
-
-def _write_stats(path: Path, done: FinishEvent) -> None:
-    """Write beside the file and rename, so that a reader never sees half of it."""
-    content = json.dumps({**done.stats.as_json(), "finish_reason": done.reason}, indent=2) + "\n"
-    partial: str | None = None
-    try:
-        handle, partial = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)  # mkstemp makes files only their owner can read
-        os.replace(partial, path)
-    except OSError as error:
-        if partial is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
-        raise ZigguratError(f"--stats {path}: cannot be written ({error.strerror or error})") from None

@@ -31,6 +31,8 @@ _logger = logging.getLogger(__name__)
 DEFAULT_CTX = 8192
 # the part of the free memory from which on an estimate is not good enough
 _NEAR = 0.9
+# times the memory of the machine from which on no better estimate helps: asking takes a part of what it asks for
+_FAR = 2
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def _check_memory(file: GGUFFile, settings: EngineSettings) -> None:
     context = _context_settings(settings, _n_ctx(settings, model.n_ctx_train))
     planned = plan.plan_memory(model, context, gpu_layers=gpu_layers if free else 0)
     machine = this_machine(free)
-    if not planned.gpus and planned.total > _NEAR * machine.available and can_measure():
+    near = planned.total > _NEAR * machine.available and planned.host.fixed < _FAR * (machine.total + machine.swap)
+    if near and not planned.gpus and can_measure():
         with Model(file.path, gpu_layers=0, simulated=True) as simulated, Context(simulated, context) as measured:
             planned = plan.measured_plan(model, context, measure(measured))
     why = impossible(planned, machine)

@@ -148,8 +148,15 @@ def system_info() -> dict[str, list[str]]:
 
 
 def supports_gpu_offload() -> bool:
-    """Whether the library was built with any GPU backend that is usable here."""
-    return bool(api().llama_supports_gpu_offload())
+    """Whether the library was built with any GPU backend that is usable here.
+
+    llama.cpp's own function of this name says yes to every build that could use machines over the network.
+    """
+    lib = api()
+    get = function(lib, "ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+    kind = function(lib, "ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
+    count = function(lib, "ggml_backend_dev_count", ctypes.c_size_t)()
+    return any(_DEVICE_KINDS.get(kind(get(index))) in ("gpu", "igpu") for index in range(count))
 
 
 def text(value: bytes | None) -> str:

@@ -33,8 +33,10 @@ class Simulation:
         self._path = Path(path)
         # a file and not a pipe, so that a talkative backend never blocks
         self._errors = tempfile.TemporaryFile()
+        # without the current folder, where Python would look for modules first
+        code = f"import sys; sys.path = [p for p in sys.path if p]; from {__name__} import child; child()"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import child; child()"],
+            [sys.executable, "-c", code],
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -122,11 +122,13 @@ def as_gguf(folder: Path, announce: Callable[[str], None] = lambda _: None) -> I
     with tempfile.TemporaryDirectory(prefix="ziggurat-reference-") as place:
         target = Path(place) / "reference.gguf"
         announce(f"converting {folder} to a temporary f32 GGUF as the reference")
-        command = [sys.executable, "-m", "ziggurat.runtime", "convert", str(folder), str(target), "--type", "f32"]
+        # Python would look for modules in the current folder first, which may be a checkpoint with files of its own
+        code = "import sys; sys.path = [p for p in sys.path if p]; from ziggurat.runtime.cli import main; main()"
+        command = [sys.executable, "-c", code, "convert", str(folder), str(target), "--type", "f32"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode or not target.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
-            why = lines[-1].strip().removeprefix("ziggurat: error: ")
+            why = lines[-1].strip().removeprefix("ziggurat: error: ").removeprefix("convert: error: ")
             raise ZigguratError(f"--against {folder}: cannot be converted ({why})")
         yield target
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -203,6 +204,11 @@ def test_a_configuration_of_other_weights(
     refused(run(folder, tmp_path / "out.gguf"), *words)
 
 
+def test_a_number_of_layers_beyond_all_sense(folder: Path, tmp_path: Path) -> None:
+    edit(folder / "config.json", num_hidden_layers=10**9)
+    refused(run(folder, tmp_path / "out.gguf"), "num_hidden_layers = 1000000000", "not of these weights")
+
+
 def test_a_vision_encoder(folder: Path, tmp_path: Path) -> None:
     text = json.loads((folder / "config.json").read_text())
     edit(folder / "config.json", architectures=["CLIPModel"], text_config=text, vision_config={"hidden_size": 8})
@@ -339,6 +345,10 @@ def test_report_in_a_missing_folder(folder: Path, tmp_path: Path) -> None:
     refused(run(folder, tmp_path / "out.gguf", "--report", tmp_path / "no" / "report.json"), "does not exist")
 
 
+def test_report_is_a_folder(folder: Path, tmp_path: Path) -> None:
+    refused(run(folder, tmp_path / "out.gguf", "--report", tmp_path), "is a folder")
+
+
 def test_report_in_the_output(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refused(run(folder, tmp_path / "out.gguf", "--report", "out.gguf"), "cannot be the report as well")
@@ -358,6 +368,19 @@ def test_number_of_threads(folder: Path, tmp_path: Path, number: str) -> None:
 
 def test_output_is_a_folder(folder: Path, tmp_path: Path) -> None:
     refused(run(folder, tmp_path), "is a folder")
+
+
+def test_output_is_a_device_or_a_pipe(folder: Path, tmp_path: Path) -> None:
+    """A file renamed onto one, /dev/null say, would take it away from everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    refused(run(folder, pipe, "--force"), "is no regular file")
+    assert pipe.is_fifo()
+
+
+def test_names_longer_than_file_systems_take(folder: Path, tmp_path: Path) -> None:
+    refused(run(folder, tmp_path / ("x" * 300)), "File name too long")
+    refused(run("x" * 300, tmp_path / "out.gguf"), "File name too long")
 
 
 def test_output_folder_read_only(folder: Path, tmp_path: Path) -> None:
@@ -394,3 +417,24 @@ def test_installed_without_what_a_conversion_needs(folder: Path, tmp_path: Path,
 def test_unknown_type(folder: Path, tmp_path: Path) -> None:
     result = run(folder, tmp_path / "out.gguf", "--type", "q4_z")
     assert result.exit_code == 2 and "q4_z" in result.stderr
+
+
+def test_a_wrong_call_is_one_line(folder: Path, tmp_path: Path) -> None:
+    for arguments in ([], [folder], [folder, tmp_path / "out.gguf", "--type", "q4_z"], ["--nonsense"]):
+        command = [sys.executable, "-m", "ziggurat.converter", *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 2 and line.startswith("convert: error: ") and line.endswith("convert --help)")
+
+
+def test_python_files_of_a_checkpoint_are_never_imported(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when it is the current folder, where Python would look for modules first."""
+    ran = tmp_path / "ran"
+    for name in ("ctypes", "numpy", "llama_cpp", "subprocess", "typing_extensions"):
+        (folder / f"{name}.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    monkeypatch.chdir(folder)
+    result = run(".", tmp_path / "out.gguf")
+    (tmp_path / "out.gguf").unlink()
+    assert result.exit_code == 0 and not ran.exists()

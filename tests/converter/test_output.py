@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ziggurat.converter import pipeline
+from ziggurat.converter import pipeline, write
 from ziggurat.converter.errors import OutputError
 from ziggurat.converter.pipeline import ConvertSettings, convert
 from ziggurat.converter.report import Estimate
@@ -113,7 +115,20 @@ def test_a_full_disk(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_file_system_that_reserves_nothing(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(checkpoint("llama_gqa"), tmp_path / "reserved.gguf")
+
+    def refuse(fd: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(write, "_reserve_blocks", refuse)
+    convert(checkpoint("llama_gqa"), tmp_path / "plain.gguf")
+    assert (tmp_path / "reserved.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals(checkpoint: MakeCheckpoint, tmp_path: Path, number: int) -> None:
     """A conversion stopped in the middle ends at once, says so and leaves nothing."""
     code = (
@@ -138,6 +153,46 @@ def test_signals(checkpoint: MakeCheckpoint, tmp_path: Path, number: int) -> Non
     assert process.returncode == 130
     assert "interrupted, nothing was written" in stderr and "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Not what a running one is writing, nor anybody else's file."""
+    out = tmp_path / "out.gguf"
+    killed, running, foreign = (tmp_path / f".{name}.part" for name in ("out.gguf.1", "out.gguf.2", "other.gguf.1"))
+    for path in (killed, running, foreign):
+        path.write_bytes(b"GGUF")
+    with running.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        convert(checkpoint("llama_gqa"), out)
+    assert sorted(tmp_path.iterdir()) == sorted([out, running, foreign])
+
+    class Looking(Recorder):
+        def advance(self, parameters: int, tensor: str) -> None:
+            (partial,) = set(tmp_path.glob(".out.gguf.*"))
+            with partial.open("r+b") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            super().advance(parameters, tensor)
+
+    looking = Looking()
+    running.unlink()
+    convert(checkpoint("llama_gqa"), out, ConvertSettings(force=True), looking)
+    assert looking.parameters > 0
+
+
+def test_the_report_on_standard_output(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ziggurat.converter", checkpoint("llama_gqa"), tmp_path / "out.gguf"]
+    result = subprocess.run([*command, "--report", "/dev/stdout"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["type"] == "q4_k_m"
+
+
+def test_a_link_stays_and_the_file_behind_it_is_written(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("out.gguf", "report.json"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    convert(checkpoint("llama_gqa"), tmp_path / "out.gguf", ConvertSettings(report=tmp_path / "report.json"))
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["out.gguf", "report.json"]
+    assert all((tmp_path / name).is_symlink() for name in ("out.gguf", "report.json"))
 
 
 def test_the_final_name_appears_only_at_the_end(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

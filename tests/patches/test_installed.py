@@ -6,13 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama_cpp
 import pytest
 from llama_patches import kept
 from llama_patches.pin import Pin
-
-llama_cpp = pytest.importorskip("llama_cpp")
-if "+ziggurat" not in llama_cpp.__version__:
-    pytest.skip("the installed llama_cpp is a stock one", allow_module_level=True)
 
 IMPORT = """
 import json, logging, os, sys, warnings

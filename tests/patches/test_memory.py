@@ -2,13 +2,10 @@
 
 import ctypes
 
+import llama_cpp
 import pytest
 
 from helpers import hollow_models
-
-llama_cpp = pytest.importorskip("llama_cpp")
-if "+ziggurat" not in llama_cpp.__version__:
-    pytest.skip("the installed llama_cpp is a stock one", allow_module_level=True)
 
 
 class Row(ctypes.Structure):

@@ -5,12 +5,10 @@ import json
 import random
 from pathlib import Path
 
+import llama_cpp
 import pytest
 
-llama_cpp = pytest.importorskip("llama_cpp")
 LIBRARY = llama_cpp.llama_cpp._lib
-if not hasattr(LIBRARY, "ziggurat_quant_types"):
-    pytest.skip("the installed llama_cpp is a stock one", allow_module_level=True)
 
 TABLE = json.loads(Path(__file__).with_name("quant_types.json").read_text())
 FTYPES = TABLE["ftypes"]

@@ -44,6 +44,8 @@ def test_probe_says_which_library_is_loaded() -> None:
     devices = bindings.devices()
     assert any(device.kind == "cpu" and device.memory_total > 0 for device in devices)
     assert "CPU" in bindings.system_info()
+    # not so for llama.cpp's own answer: a build with RPC always says yes
+    assert bindings.supports_gpu_offload() == any(device.kind in ("gpu", "igpu") for device in devices)
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -155,6 +155,18 @@ def test_run_streams_text_and_nothing_else_to_stdout(ziggurat: Ziggurat, spm_pat
     assert ziggurat("run", spm_path, "the man", "--raw", "-n", 9, "--temp", 0)[1] == out
 
 
+def test_stats_go_into_a_pipe_and_behind_a_link(spm_path: Path, tmp_path: Path) -> None:
+    """A file renamed onto /dev/stdout or a link would take its place."""
+    (tmp_path / "link").symlink_to("figures.json")
+    for target, shown in ("/dev/stdout", True), (tmp_path / "link", False):
+        process = child("run", spm_path, "ab", "-n", 1, "--temp", 0, "--threads", 1, "--stats", target)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert ("kv_rows_per_layer" in out) == shown
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "figures.json").read_text())["generated_tokens"] <= 1
+
+
 def test_run_without_a_template_says_so_and_goes_on(ziggurat: Ziggurat, spm_path: Path) -> None:
     raw = ziggurat("run", spm_path, "the", "--raw", "-n", 4, "--temp", 0)
     code, out, err = ziggurat("run", spm_path, "the", "-n", 4, "--temp", 0)

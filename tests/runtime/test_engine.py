@@ -22,6 +22,7 @@ from ziggurat.runtime.errors import (
     EngineClosedError,
     EngineError,
     InvalidRequestError,
+    MemoryShortageError,
     ModelFileError,
     ModelLoadError,
     PromptTooLongError,
@@ -321,6 +322,7 @@ def test_load_describes_the_model_and_is_idempotent(chat_path: Path) -> None:
     [
         (EngineSettings(type_k="q8_0"), UnsupportedError, "--cache-type-k q8_0 needs heads of a multiple of 32"),
         (EngineSettings(n_ctx=2**31), InvalidRequestError, "is beyond"),
+        (EngineSettings(n_ctx=2**30), MemoryShortageError, "lower --ctx"),
     ],
 )
 def test_a_failed_load_can_be_tried_again(

@@ -102,7 +102,7 @@ def test_a_folder_goes_through_the_converter(
     code, _out, err = run(spm_path, "--text", text, "--ctx", 64, "--against", folder, "--json", report)
     assert code == 0
     assert "converting" in err
-    assert commands[0][1:5] == ["-m", "ziggurat.runtime", "convert", str(folder)]
+    assert commands[0][3:5] == ["convert", str(folder)]
     assert commands[0][6:] == ["--type", "f32"]
     assert not Path(commands[0][5]).exists()
     figures = json.loads(report.read_text())
@@ -115,7 +115,7 @@ def test_a_folder_that_cannot_be_converted(run: Run, spm_path: Path, text: Path,
     (tmp_path / "config.json").write_text("{}")
     code, _out, err = run(spm_path, "--text", text, "--against", tmp_path)
     assert code == 1
-    assert "cannot be converted (" in err.splitlines()[-1]
+    assert "cannot be converted (" in err.splitlines()[-1] and err.count("error:") == 1
 
 
 def test_choices(run: Run, spm_path: Path, tmp_path: Path) -> None:

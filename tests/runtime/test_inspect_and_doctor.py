@@ -155,6 +155,14 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, **library: Any) -> None:
     monkeypatch.setattr(command_doctor, "_version", lambda name: "1")
 
 
+def test_doctor_shows_long_paths_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/" + "/".join(f"folder{i}" for i in range(30)) + "/libllama.so"
+    _pretend(monkeypatch, path=path)
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and path in "".join(out.split())
+
+
 def test_doctor_with_nothing_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch)
     code, out, _ = run(capsys, "doctor")
@@ -179,6 +187,9 @@ def test_doctor_names_each_problem_and_its_remedy(
     assert "NVIDIA A40, compute capability 8.6" in out
     assert "ZIGGURAT_CUDA=on" in out
     assert "convert needs torch" in out
+    gpus = [Gpu("a", "9.0", 2**30, 2**30), Gpu("b", "8.9", 2**30, 2**30)]
+    monkeypatch.setattr(hardware, "nvidia_gpus", lambda: gpus)
+    assert "ZIGGURAT_CUDA=89,90 pip" in run(capsys, "doctor")[1]
 
 
 def test_doctor_without_a_library_fails_and_still_tells_the_rest(
