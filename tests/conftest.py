@@ -12,10 +12,12 @@ import pytest
 def interruptible() -> Iterator[None]:
     """Let the programs under test be interrupted.
 
-    A shell that starts a command in the background makes it ignore Ctrl-C, and all its children inherit that.
+    nohup, and a shell that starts a command in the background, make it ignore signals, and all its children inherit
+    that. A handler that does nothing keeps the tests themselves going but is not inherited.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    ignored = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, lambda *_: None)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
