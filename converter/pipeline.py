@@ -83,11 +83,7 @@ def convert(
     if settings.type not in recipes.FTYPES:
         raise ConvertError(f"there is no type {settings.type!r}: choose one of {', '.join(recipes.FTYPES)}")
     _check_names(settings)
-    check_target(out, force=settings.force)
-    if settings.report is not None:
-        check_target(settings.report, force=True, special=True)
-        if settings.report.resolve() == out.resolve():
-            raise OutputError(f"{out} cannot be the report as well: name another file")
+    _check_outputs(out, settings)
     checkpoint = open_checkpoint(hub.resolve(model), ignore_code=settings.ignore_code)
     if out.resolve() in {tensor.file.resolve() for tensor in checkpoint.tensors.values()}:
         raise OutputError(f"{out} is a part of the checkpoint: name another file")
@@ -115,7 +111,6 @@ def convert(
                 progress.advance(slab.elements, slab.tensor.name)
         output_bytes = file.commit()
 
-    parameters = sum(math.prod(t.shape) for t in plan.tensors)
     report = Report(
         model=str(model),
         output=str(out),
@@ -124,10 +119,10 @@ def convert(
         type=settings.type,
         tokenizer=str(plan.value("tokenizer.ggml.model", "")),
         pre_tokenizer=plan.value("tokenizer.ggml.pre"),
-        parameters=parameters,
+        parameters=plan.parameters,
         source_bytes=checkpoint.nbytes,
         output_bytes=output_bytes,
-        bits_per_weight=8 * sum(file.sizes) / parameters,
+        bits_per_weight=8 * sum(file.sizes) / plan.parameters,
         types=share_by_type(plan, types, file.sizes),
         seconds=time.perf_counter() - start,
         threads=threads,
@@ -136,6 +131,15 @@ def convert(
     if settings.report is not None:
         write_json(settings.report, report.to_json())
     return report
+
+
+def _check_outputs(out: Path, settings: ConvertSettings) -> None:
+    """Refuse places where the model or the report cannot or should not be written."""
+    check_target(out, force=settings.force)
+    if settings.report is not None:
+        check_target(settings.report, force=True, special=True)
+        if settings.report.resolve() == out.resolve():
+            raise OutputError(f"{out} cannot be the report as well: name another file")
 
 
 def _check_names(settings: ConvertSettings) -> None:

@@ -16,8 +16,9 @@ import psutil
 
 from ziggurat.converter import ggml
 from ziggurat.converter.errors import OutputError
+from ziggurat.converter.quantize import BF16, F16, F32
 from ziggurat.converter.upstream import Plan
-from ziggurat.converter.write import is_special, real
+from ziggurat.converter.write import is_special, partial_name, real
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def estimate(
     held = max((a + b + max(a, b) // 2 for a, b in zip(floats, floats[1:], strict=False)), default=sum(floats))
     return Estimate(
         architecture=plan.arch,
-        parameters=sum(math.prod(t.shape) for t in plan.tensors),
+        parameters=plan.parameters,
         source_bytes=source_bytes,
         output_bytes=sum(sizes),
         memory_bytes=psutil.Process().memory_info().rss + held,
@@ -100,7 +101,7 @@ def estimate(
 
 def _seconds_per_element(type_id: int, *, weighted: bool, rows: int = 32, columns: int = 2048) -> float:
     """Time of one thread per element: quantizing a small random matrix, or copying for the float types."""
-    if type_id in (0, 1, 30):
+    if type_id in (F32, F16, BF16):
         return 1e-9
     sample = np.random.default_rng(0).standard_normal((rows, columns), np.float32)
     out = np.empty((rows, ggml.row_bytes(type_id, columns)), np.uint8)
@@ -134,14 +135,13 @@ def write_json(path: Path, content: str) -> None:
     Raises:
         OutputError: the place cannot be written.
     """
-    path_behind = real(path)
-    partial = path_behind.with_name(f".{path_behind.name}.{os.getpid()}.part")
+    partial = partial_name(path)
     try:
         if is_special(path):
             path.write_text(content, encoding="utf-8")
             return
         partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path_behind)
+        os.replace(partial, real(path))
     except OSError as e:
         partial.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written ({e.strerror or e}): choose another place") from e

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -51,6 +52,11 @@ class Plan:
     metadata: dict[str, Any]
     """Key to gguf value, as the writer of `llama_cpp._gguf` keeps them."""
     tensors: list[PlannedTensor]
+
+    @property
+    def parameters(self) -> int:
+        """Values of all tensors."""
+        return sum(math.prod(t.shape) for t in self.tensors)
 
     def value(self, key: str, default: Any = None) -> Any:
         """The metadata value of `key`, with `{arch}` filled in."""
@@ -99,7 +105,7 @@ def plan(
     conversion, gguf = _packages()
     try:
         model_class = conversion.get_model_class(checkpoint.architecture)
-    except NotImplementedError:
+    except NotImplementedError:  # how upstream says that it has no class for the name
         raise UnsupportedModelError(
             f"{checkpoint.folder}: the architecture {checkpoint.architecture} is not known to llama.cpp's converter"
         ) from None
@@ -157,7 +163,7 @@ def _adapter_class(model_class: Any, checkpoint: Checkpoint, pre: str | None) ->
         upstream_log.setLevel(logging.ERROR)  # it prints a page on an unknown hash, which is the normal case here
         try:
             return str(model_class.get_vocab_base_pre(self, tokenizer))
-        except NotImplementedError:
+        except NotImplementedError:  # how upstream says that the hash is unknown
             content = pretokenizer.read_tokenizer_json(checkpoint.folder)
             if content is None:  # vocab.json and merges.txt alone: what transformers makes of them
                 content = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ziggurat.converter.errors import OutputError, UnsupportedModelError
+from ziggurat.converter.quantize import stored_bytes
 
 ALIGNMENT = 32  # GGUF's default, which every reader assumes without a general.alignment key
 
@@ -49,7 +50,7 @@ def _check_target(path: Path, *, force: bool) -> None:
         raise OutputError(f"{folder} does not exist: create it, or choose another place for {path.name}")
     if not folder.stat().st_mode & 0o222:  # root could, but a folder that nobody may write is closed on purpose
         raise OutputError(f"{folder} is read-only: choose another place for {path.name}")
-    probe = _partial_name(path)
+    probe = partial_name(path)
     try:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))
         probe.unlink()
@@ -75,10 +76,8 @@ class GGUFFile:
             metadata: key to gguf value of `llama_cpp._gguf`.
             tensors: name, shape (outermost dimension first) and ggml type id, in file order.
         """
-        from ziggurat.converter.quantize import stored_bytes
-
         self.path = path
-        self.partial = _partial_name(path)
+        self.partial = partial_name(path)
         self._arch, self._metadata, self._tensors = arch, metadata, tensors
         self.sizes = [stored_bytes(shape, type_id) for _, shape, type_id in tensors]
         self.data_bytes = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in self.sizes)
@@ -232,7 +231,8 @@ def real(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
 
 
-def _partial_name(path: Path) -> Path:
+def partial_name(path: Path) -> Path:
+    """Where a file is written before it gets its name: hidden, beside it, of this process."""
     return real(path).with_name(f".{real(path).name}.{os.getpid()}.part")
 
 
