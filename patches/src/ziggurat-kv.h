@@ -1,0 +1,100 @@
+#pragma once
+
+// KV budgets: every layer keeps a bounded number of rows per KV head and evicts the rest after a prompt.
+//
+// llama_context_params::kv_budget points to a ziggurat_kv_params while a context is made (it is copied); NULL leaves
+// everything as it is upstream. "How many" rows a layer keeps is in `rows` and comes from the caller; "which" is
+// `score`. Models it does not fit run with the full cache; ziggurat_kv_unsupported says why.
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ziggurat-quant.h" // ZIGGURAT_API
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_model;
+struct llama_context;
+
+enum ziggurat_kv_score {
+    ZIGGURAT_KV_SCORE_SNAPKV = 0, // attention that the last `window` queries pay to a row (SnapKV, arXiv 2404.14469)
+    ZIGGURAT_KV_SCORE_RECENT = 1, // the latest rows, beside the sinks (StreamingLLM, arXiv 2309.17453)
+    ZIGGURAT_KV_SCORE_RANDOM = 2, // rows drawn by `seed`: the control
+};
+
+enum ziggurat_kv_prefill {
+    ZIGGURAT_KV_PREFILL_EXACT   = 0, // select once, after the whole prompt: layer by layer where the model's graph can
+                                     // be cut, else in a lane that holds the full cache of one prompt
+    ZIGGURAT_KV_PREFILL_BOUNDED = 1, // the same, but never a lane: a model whose graph cannot be cut is refused
+    ZIGGURAT_KV_PREFILL_CHUNKED = 2, // select after every ubatch: lossy
+};
+
+enum ziggurat_kv_pool {
+    ZIGGURAT_KV_POOL_AVG = 0, // zeros beside the borders count
+    ZIGGURAT_KV_POOL_MAX = 1,
+};
+
+struct ziggurat_kv_params {
+    uint32_t         n_layer; // length of rows; the model's number of layers
+    const uint32_t * rows;    // rows per KV head that a layer keeps after a prompt, window and sinks included
+    uint32_t         window;  // last tokens whose queries score, and which always stay
+    uint32_t         sinks;   // first tokens that always stay
+    uint32_t         pool;    // width of the pooling over positions, odd; 1 for none
+    int32_t          pool_type;
+    uint32_t         slack;   // rows a layer has at least beyond its budget, for generated tokens
+    int32_t          score;
+    int32_t          prefill;
+    uint32_t         seed;
+};
+
+// What a context with a budget has allocated. Bytes are of all sequences together.
+struct ziggurat_kv_layout {
+    uint64_t rows_bytes;     // K and V rows of the sequences
+    uint64_t position_bytes; // positions of the selected rows
+    uint64_t query_bytes;    // queries of each sequence's last `window` tokens
+    uint64_t stage_bytes;    // K and V rows of the prompt being read: of one layer, or of all (the lane)
+    uint64_t hidden_bytes;   // hidden states of the prompt being read
+    uint32_t stage_rows;
+    uint32_t layer_major;    // 1: prompts are read layer by layer; 0: in the lane
+};
+
+// Why a model cannot have a budget, or NULL if it can. The text is static.
+ZIGGURAT_API const char * ziggurat_kv_unsupported(const struct llama_model * model);
+
+// Whether this context has a budget.
+ZIGGURAT_API bool ziggurat_kv_active(const struct llama_context * ctx);
+
+// Why the last call on this context's cache was refused (a decode that returned 1, a removal, a copy); "" if it was
+// not. Valid until the next call.
+ZIGGURAT_API const char * ziggurat_kv_refusal(const struct llama_context * ctx);
+
+// All of the following return -1 on a context without a budget and on a sequence or layer that does not exist.
+
+ZIGGURAT_API int32_t ziggurat_kv_get_layout(const struct llama_context * ctx, struct ziggurat_kv_layout * layout);
+
+// Rows allocated per layer and sequence; writes at most n, returns the number of layers.
+ZIGGURAT_API int32_t ziggurat_kv_capacity(const struct llama_context * ctx, uint32_t * rows, size_t n);
+
+// Rows in use per layer; writes at most n, returns the number of layers.
+ZIGGURAT_API int32_t ziggurat_kv_rows(const struct llama_context * ctx, int32_t seq_id, uint32_t * rows, size_t n);
+
+// Positions of the rows of one layer, [n_head_kv][rows in use], ascending per head; writes at most n, returns how many
+// there are (0 for a layer without attention). Waits for the computation that is running.
+ZIGGURAT_API int32_t ziggurat_kv_positions(
+        struct llama_context * ctx, int32_t seq_id, int32_t layer, int32_t * positions, size_t n);
+
+// Give one sequence a budget of its own, for its next selections; n is the number of layers. Each rows[i] + slack must
+// fit the capacity. NULL takes the context's again. Returns 0.
+ZIGGURAT_API int32_t ziggurat_kv_set_budget(
+        struct llama_context * ctx, int32_t seq_id, const uint32_t * rows, size_t n);
+
+// Select now: every layer of the sequence that holds more than its budget is brought down to it. Returns the number of
+// layers that were, -2 if the computation failed (the sequence is then empty).
+ZIGGURAT_API int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id);
+
+#ifdef __cplusplus
+}
+#endif
