@@ -133,6 +133,11 @@ def available() -> bool:
         return False
 
 
+def require() -> None:
+    """Raise LibraryError, with the remedy in it, unless the library has budgets."""
+    _functions()
+
+
 def _has_budgets(lib: Any) -> bool:
     # the field as well: the struct travels by value, and a binding without it would pass too short a one
     return hasattr(lib._lib, "ziggurat_kv_unsupported") and hasattr(lib.llama_context_default_params(), _FIELD)
@@ -170,7 +175,7 @@ def fill(params: Any, settings: KVSettings) -> object:
 
     Raises LibraryError with a stock library.
     """
-    _functions()
+    require()
     rows = (ctypes.c_uint32 * len(settings.rows))(*settings.rows)
     native = _Params(
         n_layer=len(settings.rows),
