@@ -91,6 +91,15 @@ class KVPolicy:
             seed=self.seed,
         )
 
+    def as_json(self) -> dict[str, Any]:
+        """Return it as reports have it."""
+        names = ("score", "window", "sinks", "pool", "pool_type", "slack", "prefill", "seed")
+        return {
+            "budget": str(self.budget),
+            "schedule": self.schedule.method.name,
+            **{name: getattr(self, name) for name in names},
+        }
+
 
 def policy_of(options: Mapping[str, Any]) -> KVPolicy | None:
     """Return what the ``--kv-*`` options ask for, None for a cache that keeps every row.
