@@ -198,7 +198,7 @@ def test_eval_reports_the_budget(
     assert figures["kv"]["budget"] == "60%"
     assert (figures["kv"]["schedule"], figures["kv"]["score"], figures["kv"]["window"]) == ("uniform", "snapkv", 8)
     assert figures["kv_rows_per_layer"] == [120, 120]  # 60 % of 200 tokens
-    assert figures["kl_divergence"] == pytest.approx(0, abs=1e-5)
+    assert figures["kl_divergence"] == pytest.approx(0, abs=1e-4)
     assert figures["choices"]["items"] == 1
     assert figures["needle"]["trials"] == 2
     # text, choices, and a context for each length of document

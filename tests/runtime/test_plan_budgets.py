@@ -11,7 +11,7 @@ import pytest
 from helpers import tiny_models
 from helpers.tiny_models import Shape
 from ziggurat.runtime import cli, plan
-from ziggurat.runtime.bindings import ContextSettings, KVSettings
+from ziggurat.runtime.bindings import Context, ContextSettings, KVLayout, KVSettings, Model, measure
 from ziggurat.runtime.budget import Budget, Uniform, allocate
 from ziggurat.runtime.gguf_file import read_gguf
 from ziggurat.runtime.kv_policy import KVPolicy
@@ -136,3 +136,61 @@ def test_the_command_says_when_a_model_cannot(capsys: pytest.CaptureFixture[str]
     assert code == 0
     assert "cannot have a KV budget" in " ".join(out.split())
     assert json.loads(ziggurat(capsys, "plan", path, "--kv-budget", 64, "--json")[1])["plan"]["kv_budget"] is None
+
+
+# --- beside the library
+
+SHAPES = {
+    "grouped": Shape(head_dim=32, n_embd=256, n_head=8, n_head_kv=2, n_ff=704, n_layer=4),
+    "multi-head": Shape(head_dim=32, n_embd=256, n_head=8, n_head_kv=8, n_ff=704),
+    "one KV head": Shape(arch="qwen3", head_dim=64, n_embd=256, n_head=4, n_head_kv=1, n_ff=704, n_layer=3),
+    "heads by layer, a lane": Shape(arch="deci", head_dim=32, n_layer=3, n_head=(4, 4, 4), n_head_kv=(4, 1, 2)),
+}
+ASKED = {
+    "one": {"n_ctx": 4000},
+    "one of f32": {"n_ctx": 2048, "type_k": "f32", "type_v": "f32"},
+    "four of q8_0": {"n_ctx": 2048, "n_seq_max": 4, "type_k": "q8_0", "type_v": "q8_0"},
+    "no flash attention": {"n_ctx": 2048, "flash_attention": "off"},
+    "small ubatch": {"n_ctx": 8192, "n_ubatch": 64},
+    "recent": {"n_ctx": 2048, "kv": {"score": "recent", "window": 7}},
+    "chunked": {"n_ctx": 4096, "n_ubatch": 128, "kv": {"prefill": "chunked", "slack": 300}},
+    "nothing is evicted": {"n_ctx": 512, "kv": {"rows": (512,)}},
+}
+
+
+@pytest.mark.usefixtures("budgets")
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_plan_is_what_is_allocated(shape: Shape, asked: dict[str, object], tmp_path: Path) -> None:
+    path = tiny_models.write_model(tmp_path / "m.gguf", shape)
+    given = dict(asked.get("kv", {}))  # type: ignore[call-overload]
+    rows = given.pop("rows", None)
+    kept = rows * shape.n_layer if rows else tuple(allocate(700 * shape.n_layer, shape.n_layer))
+    context_settings = settings(**{**asked, "kv": {"rows": kept, **given}})
+    outline = plan.outline(read_gguf(path))
+    with Model(path) as model, Context(model, context_settings) as context:
+        assert context.kv_active
+        layout, capacity = context.kv_layout(), context.kv_capacity()
+        real = measure(context)
+    planned = plan.plan_memory(outline, context_settings)
+    budget = planned.budget
+    assert budget is not None
+    assert layout is not None
+    assert capacity == budget.capacity
+    assert layout == KVLayout(
+        rows_bytes=sum(budget.rows),
+        position_bytes=sum(budget.positions),
+        query_bytes=sum(budget.queries),
+        stage_bytes=budget.stage,
+        hidden_bytes=budget.hidden,
+        stage_rows=budget.stage_rows,
+        layer_major=budget.layer_major,
+    )
+    assert 0 <= sum(buffer.context for buffer in real) - planned.context <= budget.padding
+    total = sum(buffer.weights + buffer.context + buffer.compute for buffer in real) + planned.output
+    assert planned.total == pytest.approx(total, rel=0.05)
+    with Model(path, simulated=True) as model, Context(model, context_settings) as context:
+        said = plan.measured_plan(outline, context_settings, measure(context))
+    assert said.kv_exact
+    assert said.compute == sum(buffer.compute for buffer in real)
+    assert said.context == sum(buffer.context for buffer in real)
