@@ -25,6 +25,7 @@ PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2}
 #: How scores are pooled over neighbouring positions.
 POOLS = {"avg": 0, "max": 1}
 _MAX = 2**32 - 1
+_BOUNDS = {"window": (1, _MAX), "sinks": (0, _MAX), "pool": (1, 255), "slack": (1, 2**20), "seed": (0, _MAX)}
 _FIELD = "kv_budget"
 _FAILED = -2
 
@@ -54,9 +55,11 @@ class KVSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
-        for name, least in (("window", 1), ("sinks", 0), ("pool", 1), ("slack", 1), ("seed", 0)):
-            if not least <= getattr(self, name) <= _MAX:
-                raise InvalidRequestError(f"the KV budget's {name} is {getattr(self, name)}; it must be from {least}")
+        for name, (least, most) in _BOUNDS.items():
+            if not least <= getattr(self, name) <= most:
+                raise InvalidRequestError(
+                    f"the KV budget's {name} is {getattr(self, name)}; it must be from {least} to {most}"
+                )
         if self.pool % 2 == 0:
             raise InvalidRequestError(f"the KV budget's pool is {self.pool}; it must be odd")
         for name, known in (("pool_type", POOLS), ("score", SCORES), ("prefill", PREFILLS)):

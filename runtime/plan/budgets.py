@@ -88,7 +88,7 @@ def budget_memory(
     positions = [min(kv.rows[layer], full) * shape.n_head_kv[layer] * _POSITION for layer in layers]
     query_value = 4 if settings.type_k == "f32" else 2
     queries = [kv.window * heads * shape.key_length * query_value for heads in shape.n_head]
-    layer_major = architecture in LAYER_MAJOR
+    layer_major = evicts and architecture in LAYER_MAJOR
     stage_rows, hidden_tokens = full, full
     if kv.prefill == "chunked":
         stage_rows, hidden_tokens = padded(max(capacity) + n_ubatch), n_ubatch
@@ -100,7 +100,7 @@ def budget_memory(
         queries=tuple(n_seq * size for size in queries) if evicts and kv.score == "snapkv" else none,
         stage=stage_rows * (max(per_row) if layer_major else sum(per_row)) if evicts else 0,
         stage_rows=stage_rows if evicts else 0,
-        hidden=n_embd * hidden_tokens * _HIDDEN if evicts and layer_major else 0,
+        hidden=n_embd * hidden_tokens * _HIDDEN if layer_major else 0,
         layer_major=layer_major,
         full=n_seq * full * sum(stock),
     )

@@ -27,6 +27,8 @@ ROWS = (100, 90)
         ({"sinks": -1}, "sinks is -1"),
         ({"slack": 0}, "slack is 0"),
         ({"seed": 2**32}, "seed is 4294967296"),
+        ({"pool": 257}, "pool is 257; it must be from 1 to 255"),
+        ({"slack": 2**20 + 1}, "slack is"),
         ({"pool": 4}, "pool is 4; it must be odd"),
         ({"pool_type": "median"}, "no pool_type 'median': avg, max"),
         ({"score": "tova"}, "no score 'tova': snapkv, recent, random"),
