@@ -48,6 +48,8 @@ class KVPolicy:
 
     def __post_init__(self) -> None:
         check_score(self.score)
+        if self.pool % 2 == 0:
+            raise InvalidRequestError(f"--kv-pool {self.pool}: it has to be odd, so that it has a middle")
         least = self.window + self.sinks
         if self.budget.rows is not None and self.budget.rows < least:
             raise InvalidRequestError(
@@ -119,7 +121,17 @@ def policy_of(options: Mapping[str, Any]) -> KVPolicy | None:
     return KVPolicy(parsed, schedule, score, **{name.removeprefix("kv_"): value for name, value in given.items()})
 
 
-_OPTIONS = ("kv_budget", "kv_policy", "kv_schedule", "kv_score", "kv_window", "kv_sinks", "kv_prefill")
+_OPTIONS = (
+    "kv_budget",
+    "kv_policy",
+    "kv_schedule",
+    "kv_score",
+    "kv_window",
+    "kv_sinks",
+    "kv_pool",
+    "kv_pool_type",
+    "kv_prefill",
+)
 
 
 def _check_no_budget(amount: str | None, preset: str | None, others: Mapping[str, Any]) -> None:

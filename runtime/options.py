@@ -57,6 +57,13 @@ kv_options = option_group(
         "--kv-sinks", type=click.IntRange(0, _MAX_ROWS), metavar="N", help="First tokens that always stay; default: 4."
     ),
     click.option(
+        "--kv-pool",
+        type=click.IntRange(1, 255),
+        metavar="N",
+        help="Positions over which scores are pooled, odd: what stands beside an observed row stays too; default: 5.",
+    ),
+    click.option("--kv-pool-type", type=click.Choice(["avg", "max"]), help="How they are pooled; default: avg."),
+    click.option(
         "--kv-prefill",
         type=click.Choice(["exact", "bounded", "chunked"]),
         help="How prompts are read. exact (default): rows are chosen once it is whole, layer by layer, or beside a full"

@@ -11,7 +11,8 @@ peak was read off ``ggml_backend_sched`` by measuring; there are three candidate
 Against the library on the CPU, over 12 shapes (0.1B to 70B; Llama, Qwen2, Qwen3, Gemma 2 and 3, two mixtures of
 experts) and 11 settings each (contexts 2k to 128k, 1 to 16 sequences, ubatches 64 to 2048, flash attention on and off,
 f16 and q8_0): mean error 0.4 %, extremes -5.4 % and +8.2 %, both with q8_0 rows; models of a few million
-weights were up to 10.4 % above. GPUs were not measured.
+weights were up to 10.4 % above. GPUs were not measured. With a KV budget, over 6 shapes (0.3B to 8B and a mixture) and
+18 settings each: mean error 1.4 %, extremes -8.9 % and 0, the former without flash attention.
 """
 
 from __future__ import annotations
