@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 #: Which rows stay.
 SCORES = {"snapkv": 0, "recent": 1, "random": 2}
-#: How prompts are read.
-PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2}
+#: How prompts are read; lane is for comparisons.
+PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2, "lane": 3}
 #: How scores are pooled over neighbouring positions.
 POOLS = {"avg": 0, "max": 1}
 _MAX = 2**32 - 1
@@ -39,8 +39,8 @@ class KVSettings:
     attention, pooled over ``pool`` positions (odd) by ``pool_type``, is the score snapkv. ``slack`` is how many rows a
     layer has beyond, at least, for generated tokens. ``prefill`` exact selects once, after the whole prompt, layer by
     layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
-    refuses the latter; chunked selects after every ubatch, which loses what only the prompt's end asks for. ``seed`` is
-    that of the score random.
+    refuses the latter, which lane takes in any case; chunked selects after every ubatch, which loses what only the
+    prompt's end asks for. ``seed`` is that of the score random.
     """
 
     rows: tuple[int, ...]

@@ -22,7 +22,8 @@ _ALIGNMENT = 128  # no backend that is known aligns tensors to more
 class BudgetMemory:
     """Bytes that a context with a budget takes, of all its sequences together; see ``KVLayout`` for the parts.
 
-    ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions`` and ``queries`` bytes by layer.
+    ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions`` and ``queries`` bytes by layer;
+    ``largest_row`` are those of one token in the layer where K and V take most.
     ``rotation`` is one more row of each layer, which the library keeps where rows are quantized, to know how they are
     rotated. ``full`` is what the stock library takes for the same context.
     """
@@ -37,6 +38,7 @@ class BudgetMemory:
     hidden: int
     layer_major: bool
     rotation: int
+    largest_row: int
     full: int
 
     @property
@@ -58,11 +60,6 @@ class BudgetMemory:
     def total(self) -> int:
         """All of it."""
         return self.kept + self.reading + self.rotation
-
-    @property
-    def largest_row(self) -> int:
-        """Bytes of one token's K and V in the layer where they take most, 0 if nothing is ever evicted."""
-        return self.stage // self.stage_rows if self.stage_rows else 0
 
     @property
     def padding(self) -> int:
@@ -96,7 +93,7 @@ def budget_memory(
     positions = [min(kv.rows[layer], full) * shape.n_head_kv[layer] * _POSITION for layer in layers]
     query_value = 4 if settings.type_k == "f32" else 2
     queries = [kv.window * heads * shape.key_length * query_value for heads in shape.n_head]
-    layer_major = evicts and layer_major
+    layer_major = evicts and layer_major and kv.prefill != "lane"
     stage_rows, hidden_tokens = full, full
     if kv.prefill == "chunked":
         stage_rows, hidden_tokens = padded(max(capacity) + n_ubatch), n_ubatch
@@ -113,6 +110,7 @@ def budget_memory(
         hidden=n_embd * hidden_tokens * _HIDDEN if layer_major else 0,
         layer_major=layer_major,
         rotation=sum(per_row) if quantized else 0,
+        largest_row=max(per_row),
         full=n_seq * full * sum(stock),
     )
 

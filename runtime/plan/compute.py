@@ -99,14 +99,16 @@ def _with_budget(
     group = max(heads // max(1, of) for heads, of in zip(kv.n_head, kv.n_head_kv, strict=True))
     # K as well as V; rarely of different sizes
     selected = min(max(budget.kv.rows), budget.stage_rows) * budget.largest_row // 2
-    scores = _beside(mask, observed * group * _F32)
-    selecting = 3 * hidden + max(scores, _beside(mask, selected, selected))
+    # in the lane masks stay, and there is one of the window for every layer
+    hole, layers = (mask, 1) if budget.layer_major else (0, kv.n_layer)
+    masks = mask + layers * observed * _F16
+    selecting = 3 * hidden + max(_beside(hole, observed * group * _F32), _beside(hole, selected, selected))
     attention = _attention(model, kv, n_ubatch, staged, flash_attention=flash_attention)
-    if budget.layer_major:  # the hidden states it begins with have a place of their own
-        attention -= hidden
-    reading = mask + observed * _F16 + max(attention, selecting)
-    beside = mask if not budget.layer_major or mask < hidden else 0
-    return max(end, in_place, reading, feed_forward + beside)
+    if not budget.layer_major:
+        return max(end, in_place, masks + max(attention, selecting, feed_forward))
+    # the hidden states it begins with have a place of their own
+    reading = masks + max(attention - hidden, selecting)
+    return max(end, in_place, reading, feed_forward + (mask if mask < hidden else 0))
 
 
 def _beside(hole: int, *tensors: int) -> int:

@@ -32,7 +32,7 @@ ROWS = (100, 90)
         ({"pool": 4}, "pool is 4; it must be odd"),
         ({"pool_type": "median"}, "no pool_type 'median': avg, max"),
         ({"score": "tova"}, "no score 'tova': snapkv, recent, random"),
-        ({"prefill": "lazy"}, "no prefill 'lazy': exact, bounded, chunked"),
+        ({"prefill": "lazy"}, "no prefill 'lazy': exact, bounded, chunked, lane"),
     ],
 )
 def test_settings_that_make_no_sense(values: dict[str, Any], message: str) -> None:

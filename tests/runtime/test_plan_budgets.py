@@ -167,6 +167,7 @@ ASKED = {
     "small ubatch": {"n_ctx": 8192, "n_ubatch": 64},
     "recent": {"n_ctx": 2048, "kv": {"score": "recent", "window": 7}},
     "chunked": {"n_ctx": 4096, "n_ubatch": 128, "kv": {"prefill": "chunked", "slack": 300}},
+    "a lane": {"n_ctx": 4096, "kv": {"prefill": "lane"}},
     "nothing is evicted": {"n_ctx": 512, "kv": {"rows": (512,)}},
 }
 
