@@ -1,9 +1,10 @@
-"""KV budgets from the engine, the evaluations and the command line, over a cache that keeps everything."""
+"""KV budgets from the engine, the evaluations and the command line, over a cache that keeps everything and the real."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from helpers import whole_cache
+from models.exact_copy import CopyModel, write_gguf
 from ziggurat.runtime import cli
 from ziggurat.runtime.bindings import Batch, Context, KVSettings, Model, kv
 from ziggurat.runtime.budget import Budget, Uniform, parse_budget
@@ -243,3 +245,105 @@ def test_run_shows_what_the_budget_did(
     low, high = budget.rows[1], budget.rows[0]
     assert f"| {high} to {low} rows a layer, {figures['evicted_rows']} evicted |" in line
     assert "while the prompt was read" in line
+
+
+# --- with a library that has budgets
+
+
+@pytest.mark.usefixtures("budgets")
+def test_figures_are_the_librarys(spm_path: Path) -> None:
+    with LlamaEngine(spm_path, EngineSettings(n_ctx=600, n_ubatch=64, threads=1, kv=POLICY)) as engine:
+        info = engine.load()
+        for length in (300, 120, 300):
+            stats = finish(engine, [5 + n % 90 for n in range(length)], 4).stats
+            rows = POLICY.rows(2, 600, length)
+            assert stats.kv_rows_per_layer == rows
+            assert stats.evicted_rows == 2 * (length + 3) - sum(rows) - 2 * 3
+            assert stats.kv_bytes < stats.kv_bytes_full == 768 * 2 * 2 * 2 * 16 * 2
+            assert stats.kv_bytes < stats.kv_bytes_peak
+        short = finish(engine, [5] * 3, 4).stats
+        assert (short.kv_rows_per_layer, short.evicted_rows) == ((3, 3), 0)
+    assert info.kv_bytes > 0
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_generation_goes_on_beyond_the_context(spm_path: Path) -> None:
+    with LlamaEngine(spm_path, EngineSettings(n_ctx=250, threads=1, kv=POLICY)) as engine:
+        engine.load()
+        done = finish(engine, [5 + n % 90 for n in range(250)], 700)
+    assert (done.reason, done.stats.generated_tokens) == ("length", 700)
+    assert done.stats.evicted_rows > 1000
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_prompt_that_is_cancelled_leaves_the_engine_as_it_was(
+    spm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = GenerationRequest(tokens=tuple(5 + n % 90 for n in range(2000)), max_tokens=8, sampling=GREEDY)
+    policy = KVPolicy(Budget(rows=64))
+    with LlamaEngine(spm_path, EngineSettings(n_ctx=2048, n_ubatch=16, threads=1, kv=policy)) as engine:
+        engine.load()
+        wanted = [event for event in engine.stream(request) if not isinstance(event, FinishEvent)]
+        original = Context.decode
+
+        def cancelled(context: Context, batch: Batch) -> None:
+            if len(batch) > 1:
+                threading.Timer(0.02, engine.cancel, (request.id,)).start()
+            original(context, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, "decode", cancelled)
+            *events, last = engine.stream(request)
+        assert isinstance(last, FinishEvent)
+        assert last.reason == "cancelled"
+        if not events:  # else it was faster than the timer
+            assert last.stats.kv_rows_per_layer in ((), (0, 0))
+            assert last.stats.evicted_rows == 0
+        again = [event for event in engine.stream(request) if not isinstance(event, FinishEvent)]
+    assert again == wanted
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_model_that_copies_finds_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, report = tmp_path / "copy.gguf", tmp_path / "r.json"
+    write_gguf(CopyModel(context=2048), path)
+    right = {}
+    for preset in ("pyramid", "streaming"):
+        arguments = ["eval", path, "--needle", "--needle-form", "tokens", "--needle-lengths", 1500]
+        arguments += ["--needle-facts", 6, "--needle-trials", 1, "--needle-depths", "0.2,0.5", "--json", report]
+        # the last token asks for the first of four, and pooling keeps those beside it
+        arguments += ["--ubatch", 64, "--threads", 1, "--kv-budget", 64, "--kv-policy", preset, "--kv-pool", 9]
+        assert cli.run_command(cli.ziggurat, "ziggurat", [str(argument) for argument in arguments]) == 0
+        right[preset] = json.loads(report.read_text())["needle"]["accuracy"]
+    assert right == {"pyramid": 1.0, "streaming": 0.0}
+
+
+@pytest.mark.usefixtures("budgets")
+def test_what_is_evicted_shows_in_perplexity_and_choices(spm_model: Model) -> None:
+    chunks = cut(spm_model.vocab, TEXT, 160, 2)
+    questions = [Question("the cat sat in the tent and then the cat sat in the hat " * 3, ("a", "the hat"), 1)]
+    nll, likelihoods = [], []
+    for budget in (None, "100%", "30%"):
+        policy = None if budget is None else replace(POLICY, budget=parse_budget(budget), slack=100)
+        settings = replace(F32, kv=policy, n_batch=160)
+        with ChunkDecoder(spm_model, chunks, settings, Monitor()) as decoder:
+            nll.append(evaluate_text(decoder, chunks, Monitor()).scores.nll)
+        result = evaluate_choices(spm_model, questions, settings, Monitor(), DEFAULT_PROMPT)
+        likelihoods.append(result.log_likelihoods[0])
+    np.testing.assert_allclose(nll[0], nll[1], atol=4e-3)
+    assert np.abs(nll[0] - nll[2]).max() > 0.05
+    assert likelihoods[1] == pytest.approx(likelihoods[0], abs=4e-3)
+    # the prompt was read whole either way: only what comes after its last token can differ
+    assert likelihoods[2][0] == pytest.approx(likelihoods[0][0], abs=4e-3)
+    assert likelihoods[2][1] != pytest.approx(likelihoods[0][1], abs=0.02)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_windows_beyond_the_context_are_one_line(spm_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", spm_path, "the", "--raw", "--ctx", 256, "--kv-budget", 900, "--kv-window", 700]
+    assert cli.run_command(cli.ziggurat, "ziggurat", [str(argument) for argument in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ziggurat: error: ")
+    assert err.count("\n") == 1
+    assert "a window of 700 tokens" in err
