@@ -344,7 +344,7 @@ bool ziggurat_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
         used -= n;
     }
     // the ring has lost what the removed tokens overwrote
-    seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) params.window);
+    seq.queries_from = std::min(std::max(seq.queries_from, seq.next - (llama_pos) params.window), p0);
     seq.next = p0;
     return true;
 }
