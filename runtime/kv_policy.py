@@ -103,6 +103,11 @@ class KVPolicy:
         }
 
 
+def not_used(reason: str) -> str:
+    """Say to a person that a model has no budget although one was asked for."""
+    return f"no KV budget, every row is kept: {reason}"
+
+
 def policy_of(options: Mapping[str, Any]) -> KVPolicy | None:
     """Return what the ``--kv-*`` options ask for, None for a cache that keeps every row.
 

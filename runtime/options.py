@@ -14,7 +14,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 CACHE_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 KV_POLICIES = ("none", "pyramid", "snapkv", "streaming", "h2o", "tova", "keydiff")
-_MAX_ROWS = 2**30
 KV_SCORES = ("snapkv", "h2o", "tova", "keydiff", "recent", "random")
 
 
@@ -49,13 +48,11 @@ kv_options = option_group(
     click.option("--kv-score", type=click.Choice(KV_SCORES), help="Which rows are kept; default: the preset's."),
     click.option(
         "--kv-window",
-        type=click.IntRange(1, _MAX_ROWS),
+        type=click.IntRange(1),
         metavar="N",
         help="Last tokens that observe and always stay; default: 32.",
     ),
-    click.option(
-        "--kv-sinks", type=click.IntRange(0, _MAX_ROWS), metavar="N", help="First tokens that always stay; default: 4."
-    ),
+    click.option("--kv-sinks", type=click.IntRange(0), metavar="N", help="First tokens that always stay; default: 4."),
     click.option(
         "--kv-pool",
         type=click.IntRange(1, 255),

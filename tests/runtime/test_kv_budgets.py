@@ -208,7 +208,7 @@ def test_eval_reports_the_budget(
     assert made[-1].rows[0] == round((400 - 3) * 0.6)
 
 
-def test_eval_says_once_per_part_that_a_model_cannot(
+def test_eval_says_once_that_a_model_cannot(
     made: list[KVSettings],
     spm_path: Path,
     tmp_path: Path,
@@ -216,12 +216,15 @@ def test_eval_says_once_per_part_that_a_model_cannot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kv, "unsupported", lambda _model: "it has sliding windows")
-    text = tmp_path / "text.txt"
+    text, questions, report = tmp_path / "text.txt", tmp_path / "q.json", tmp_path / "report.json"
     text.write_text(TEXT)
-    arguments = ["eval", spm_path, "--text", text, "--ctx", 64, "--kv-budget", "60%", "--threads", 1]
+    questions.write_text(json.dumps([{"question": "the hat", "choices": ["a", "an ant"], "answer": 0}]))
+    arguments = ["eval", spm_path, "--text", text, "--ctx", 64, "--choices", questions, "--json", report]
+    arguments += ["--kv-budget", "60%", "--threads", 1]
     assert cli.run_command(cli.ziggurat, "ziggurat", [str(argument) for argument in arguments]) == 0
     assert capsys.readouterr().err == "ziggurat: no KV budget, every row is kept: it has sliding windows\n"
     assert made == []
+    assert not {"kv", "kv_rows_per_layer"} & set(json.loads(report.read_text()))
 
 
 # --- run
