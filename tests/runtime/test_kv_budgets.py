@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -350,3 +354,29 @@ def test_windows_beyond_the_context_are_one_line(spm_path: Path, capsys: pytest.
     assert err.startswith("ziggurat: error: ")
     assert err.count("\n") == 1
     assert "a window of 700 tokens" in err
+
+
+@pytest.mark.usefixtures("budgets")
+def test_an_interrupt_ends_a_prompt_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "copy.gguf"
+    write_gguf(CopyModel(context=65536), path)
+    code = (
+        "import sys; from ziggurat.runtime.cli import main\n"
+        f"main(['run', {str(path)!r}, '-', '--raw', '--ctx', '65536', '--kv-budget', '64', '--ubatch', '16',"
+        " '--threads', '1', '--verbose'])\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:  # type: ignore[call-overload]
+        process.stdin.write("a b c d e f g h " * 2000)
+        process.stdin.close()
+        for line in process.stderr:
+            if "stage" in line and "hidden" in line:  # the context is there, and the prompt comes next
+                break
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        started = time.perf_counter()
+        errors = process.stderr.read()
+        assert process.stdout.read() == ""
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert time.perf_counter() - started < 10
