@@ -8,6 +8,8 @@ from typing import Any
 
 from ziggurat.runtime.bindings.kv import KVSettings
 from ziggurat.runtime.budget import (
+    POOL,
+    POOL_TYPE,
     PRESETS,
     SINKS,
     WINDOW,
@@ -40,8 +42,8 @@ class KVPolicy:
     score: str = "snapkv"
     window: int = WINDOW
     sinks: int = SINKS
-    pool: int = 5
-    pool_type: str = "avg"
+    pool: int = POOL
+    pool_type: str = POOL_TYPE
     slack: int = 64
     prefill: str = "exact"
     seed: int = 0

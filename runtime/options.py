@@ -57,9 +57,9 @@ kv_options = option_group(
         "--kv-pool",
         type=click.IntRange(1, 255),
         metavar="N",
-        help="Positions over which scores are pooled, odd: what stands beside an observed row stays too; default: 5.",
+        help="Positions over which scores are pooled, odd: what stands beside an observed row stays too; default: 13.",
     ),
-    click.option("--kv-pool-type", type=click.Choice(["avg", "max"]), help="How they are pooled; default: avg."),
+    click.option("--kv-pool-type", type=click.Choice(["avg", "max"]), help="How they are pooled; default: max."),
     click.option(
         "--kv-prefill",
         type=click.Choice(["exact", "bounded", "chunked"]),

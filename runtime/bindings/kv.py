@@ -46,8 +46,8 @@ class KVSettings:
     rows: tuple[int, ...]
     window: int = 32
     sinks: int = 4
-    pool: int = 5
-    pool_type: str = "avg"
+    pool: int = 13
+    pool_type: str = "max"
     slack: int = 64
     score: str = "snapkv"
     prefill: str = "exact"

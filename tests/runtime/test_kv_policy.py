@@ -25,7 +25,7 @@ def test_without_a_budget_every_row_is_kept() -> None:
 
 def test_the_defaults_are_pyramidkv() -> None:
     chosen = policy(budget="512")
-    assert chosen == KVPolicy(Budget(rows=512), Pyramid(beta=20), "snapkv", 32, 4, 5, "avg", 64, "exact", 0)
+    assert chosen == KVPolicy(Budget(rows=512), Pyramid(beta=20), "snapkv", 32, 4, 13, "max", 64, "exact", 0)
     assert policy(budget="512", policy="pyramid") == chosen
 
 
