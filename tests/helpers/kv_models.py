@@ -1,0 +1,43 @@
+"""The models that the tests of the KV budgets run: tiny, random, F32; and prompts for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from helpers.tiny_models import Shape, write_model
+
+#: Heads alike and grouped in every way; `wide` heads of 64 are rotated before they are quantized, 32 are not.
+SHAPES = {
+    "mha": Shape(n_layer=3, n_head=4, n_head_kv=4),
+    "gqa": Shape(n_layer=3, n_head=4, n_head_kv=2),
+    "mqa": Shape(n_layer=3, n_head=4, n_head_kv=1),
+    "uneven": Shape(n_layer=3, n_head=4, n_head_kv=(4, 1, 2)),
+    "head_32": Shape(n_layer=2, n_head=4, n_head_kv=2, head_dim=32),
+    "wide": Shape(n_layer=2, n_head=2, n_head_kv=1, head_dim=64),
+}
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    """Random ordinary tokens of the tiny models' vocabulary."""
+    return [int(token) for token in np.random.default_rng(seed).integers(3, 290, n)]
+
+
+class Models:
+    """Files of the shapes, each written once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, name: str) -> Path:
+        path = self._folder / f"{name}.gguf"
+        return path if path.exists() else write_model(path, SHAPES[name], seed=7)
+
+
+def first_difference(a: np.ndarray, b: np.ndarray) -> str:
+    """Say where two arrays differ, or nothing."""
+    if np.array_equal(a, b):
+        return ""
+    at = np.argwhere(a != b)[0]
+    return f"{a[tuple(at)]} != {b[tuple(at)]} at {at.tolist()}, {np.count_nonzero(a != b)} of {a.size} differ"
