@@ -27,7 +27,7 @@ class Weights:
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
-        self._tensors = {t.name: np.asarray(t.data) for t in reader.tensors}
+        self._tensors: dict[str, Array] = {t.name: np.asarray(t.data).astype(np.float64) for t in reader.tensors}
         fields = {name: field.contents() for name, field in reader.fields.items()}
         self.arch = str(fields["general.architecture"])
 
@@ -49,11 +49,10 @@ class Weights:
         self.experts_used = int(number("expert_used_count"))
 
     def get(self, name: str) -> Array | None:
-        tensor = self._tensors.get(name)
-        return None if tensor is None else tensor.astype(np.float64)
+        return self._tensors.get(name)
 
     def __getitem__(self, name: str) -> Array:
-        return self._tensors[name].astype(np.float64)
+        return self._tensors[name]
 
 
 @dataclass
@@ -103,6 +102,14 @@ class ReferenceSequence:
             self._norm(hidden, "output_norm.weight") @ (w["token_embd.weight"] if output is None else output).T
         )
         return final
+
+    def forget(self, count: int) -> None:
+        """Roll the last tokens back. Queries that the window had left behind do not come back."""
+        self.n -= count
+        for layer in self.layers:
+            layer.queries = layer.queries[:, :-count]
+            left = np.arange(layer.positions.shape[1] - count)
+            layer.keep(np.tile(left, (len(layer.positions), 1)))
 
     def rows(self) -> tuple[int, ...]:
         return tuple(layer.positions.shape[1] for layer in self.layers)
