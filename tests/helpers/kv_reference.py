@@ -1,8 +1,8 @@
 """What a model with KV budgets has to compute, written down once more in NumPy and F64, a layer at a time.
 
-A Llama-style forward pass from a GGUF's F32 weights (Llama, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3), a cache whose
-rows are kept per KV head, and the selection: SnapKV's observation window (arXiv 2404.14469) with sinks, or the latest
-rows.
+A Llama-style forward pass from a GGUF's F32 weights (Llama, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, Granite), a cache
+whose rows are kept per KV head, and the selection: SnapKV's observation window (arXiv 2404.14469) with sinks, or the
+latest rows.
 No chunks, no stage, no capacity: a prompt is read whole and then brought down to its budget.
 """
 
@@ -46,6 +46,7 @@ class Weights:
         self.head_dim = int(number("attention.key_length", number("embedding_length") / self.heads[0]))
         self.rope_base = number("rope.freq_base", 10000.0)
         self.eps = number("attention.layer_norm_rms_epsilon")
+        self.scale = number("attention.scale", self.head_dim**-0.5)
         self.experts_used = int(number("expert_used_count"))
 
     def get(self, name: str) -> Array | None:
@@ -138,7 +139,7 @@ class ReferenceSequence:
         cache.positions = np.concatenate([cache.positions, np.tile(positions, (kv_heads, 1))], 1)
         window = self.budget.window if self.budget else 1
         cache.queries = np.concatenate([cache.queries, q.swapaxes(0, 1)], 1)[:, -window:]
-        weights = _attend(q.swapaxes(0, 1), cache, positions)
+        weights = _attend(q.swapaxes(0, 1), cache, positions, w.scale)
         out = weights @ np.repeat(cache.values, heads // kv_heads, 0)
         return self._project(name, "output", out.swapaxes(0, 1).reshape(len(x), heads * d))
 
@@ -177,7 +178,7 @@ class ReferenceSequence:
         assert self.budget is not None
         cache = self.layers[layer]
         count = cache.queries.shape[1]
-        seen = _attend(cache.queries, cache, np.arange(self.n - count, self.n, dtype=np.int32))
+        seen = _attend(cache.queries, cache, np.arange(self.n - count, self.n, dtype=np.int32), self.w.scale)
         kv_heads = len(cache.keys)
         mean = seen.mean(1).reshape(kv_heads, -1, seen.shape[-1]).mean(1)[:, : -self.budget.window]
         return _pooled(mean, self.budget.pool, self.budget.pool_type)
@@ -227,10 +228,10 @@ class ReferenceSequence:
         return swapped
 
 
-def _attend(queries: Array, cache: Rows, positions: Ints) -> Array:
+def _attend(queries: Array, cache: Rows, positions: Ints, scale: float) -> Array:
     """Softmax weights of queries (heads, n, d) at these positions, (heads, n, rows)."""
     group = len(queries) // len(cache.keys)
-    scores = queries @ np.repeat(cache.keys, group, 0).swapaxes(1, 2) / np.sqrt(queries.shape[-1])
+    scores = queries @ np.repeat(cache.keys, group, 0).swapaxes(1, 2) * scale
     visible = np.repeat(cache.positions, group, 0)[:, None] <= positions[:, None]
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
