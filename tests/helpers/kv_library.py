@@ -111,10 +111,6 @@ class BudgetModel(Gguf):
         return self
 
     @property
-    def n_layer(self) -> int:
-        return int(llama_cpp.llama_model_n_layer(self._model))
-
-    @property
     def unsupported(self) -> str | None:
         """Why this model cannot have a budget."""
         reason = _function("ziggurat_kv_unsupported", ctypes.c_char_p, ctypes.c_void_p)(self._model)

@@ -48,10 +48,6 @@ class Copier(Gguf):
     def __enter__(self) -> Copier:
         return self
 
-    @property
-    def n_layer(self) -> int:
-        return int(llama_cpp.llama_model_n_layer(self._model))
-
     def greedy(
         self,
         tokens: Sequence[int],
