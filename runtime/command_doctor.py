@@ -82,6 +82,7 @@ def _library() -> tuple[dict[str, Any], LibraryError | None]:
             "devices": [asdict(device) for device in bindings.devices()],
             "features": bindings.system_info(),
             "gpu_offload": bindings.supports_gpu_offload(),
+            "kv_budgets": bindings.kv.available(),
         }, None
     except LibraryError as error:
         return {}, error
@@ -92,7 +93,9 @@ def _check_library(library: dict[str, Any], capabilities: set[str], problems: li
 
     if not library["patched"]:
         remedy = PATCHED_REMEDY.partition(": ")[2]
-        _note(problems, "warning", "stock llama.cpp: everything works except convert", remedy)
+        _note(problems, "warning", "stock llama.cpp: everything works except convert and KV budgets", remedy)
+    elif not library["kv_budgets"]:
+        _note(problems, "warning", "these patches are too old for KV budgets", PATCHED_REMEDY.partition(": ")[2])
     if library["package_version"].partition("+")[0] != _SUPPORTED:
         what = f"llama-cpp-python {library['package_version']} is not the tested {_SUPPORTED}"
         _note(problems, "warning", what, f"pip install llama-cpp-python=={_SUPPORTED}")
@@ -149,6 +152,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
                 f"llama.cpp {library['llama_version']}, {patches}, llama-cpp-python {library['package_version']}",
             ),
             ("", library["path"]),
+            ("KV budgets", "yes" if library["kv_budgets"] else "no"),
         ]
         for device in library["devices"]:
             free = human_bytes(device["memory_free"])

@@ -18,11 +18,12 @@ import click
 
 from ziggurat.runtime.errors import InvalidRequestError
 from ziggurat.runtime.eval_options import FILE, choices_options, compute_options, needle_options, text_options
-from ziggurat.runtime.options import device_options, kv_options, refuse_budgets
+from ziggurat.runtime.options import device_options, kv_options
 
 if TYPE_CHECKING:
     from ziggurat.runtime.eval_parts import NeedleGrid
     from ziggurat.runtime.evaluate.monitor import Monitor, Report
+    from ziggurat.runtime.kv_policy import KVPolicy
 
 T = TypeVar("T")
 _PARTS = ("text", "choices", "needle", "generate_needle")
@@ -44,12 +45,17 @@ _NEEDS = {"against": "text", "save_logits": "text", "chunks": "text", "limit": "
 @device_options
 @click.option("--verbose", is_flag=True, help="Show what the library logs.")
 def evaluate(model: Path, **options: Any) -> int:
-    """Measure the model in MODEL.gguf on a text, on questions, or on looking things up."""
+    """Measure the model in MODEL.gguf on a text, on questions, or on looking things up.
+
+    With a KV budget, --text scores what follows an evicted prompt: the first half of each chunk is read as one prompt,
+    the second half token by token; the reference of --against keeps every row. --needle and --choices read each
+    document or question as a prompt.
+    """
     from ziggurat.runtime import eval_parts
     from ziggurat.runtime.eval_parts import measure_choices
     from ziggurat.runtime.evaluate.chunks import read_text
 
-    refuse_budgets({name: value for name, value in options.items() if name.startswith("kv_")})
+    options["kv"] = _policy(options)
     if options["verbose"]:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s", stream=sys.stderr)
     _check(model, options)
@@ -60,15 +66,27 @@ def evaluate(model: Path, **options: Any) -> int:
     asks = options["needle"] or options["generate_needle"] is not None
     grid = eval_parts.NeedleGrid(model, options, _note) if asks else None
     figures: dict[str, Any] = {"model": str(model)}
+    if options["kv"] is not None:
+        figures["kv"] = options["kv"].as_json()
     with _kill_as_interrupt():
         if text is not None:
             figures |= _text(model, text, options)
         if questions is not None:
-            figures["choices"] = _in_thread(lambda monitor: measure_choices(model, questions, options, monitor))
+            figures["choices"] = _in_thread(lambda monitor: measure_choices(model, questions, options, monitor, _note))
         if grid is not None:
             _needle(grid, options, figures)
         _finish(figures, options)
     return 0
+
+
+def _policy(options: dict[str, Any]) -> KVPolicy | None:
+    from ziggurat.runtime.bindings import kv
+    from ziggurat.runtime.kv_policy import policy_of
+
+    policy = policy_of(options)
+    if policy is not None:
+        kv.require()
+    return policy
 
 
 def _check(model: Path, options: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ziggurat.runtime.errors import InvalidRequestError
-from ziggurat.runtime.options import context_options
+from ziggurat.runtime.options import context_options, kv_options
 
 if TYPE_CHECKING:
     from ziggurat.runtime.plan import MemoryPlan, Planner
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf|CONFIG")
 @context_options
+@kv_options
 @click.option(
     "--parallel", type=click.IntRange(1, 256), default=1, show_default=True, metavar="N", help="Conversations at once."
 )
@@ -36,19 +37,25 @@ def plan(model: Path, **options: Any) -> int:
     """Show what MODEL.gguf, or a checkpoint not yet converted (its folder or config.json), takes in memory.
 
     The library is asked where it can say: it simulates the allocation. With a stock library, and for checkpoints, the
-    compute buffers are an estimate.
+    compute buffers are an estimate. Prompts are taken to be as long as the context.
     """
     from ziggurat.runtime.bindings import ContextSettings
+    from ziggurat.runtime.kv_policy import policy_of
     from ziggurat.runtime.loader import DEFAULT_CTX
     from ziggurat.runtime.plan import open_planner
     from ziggurat.runtime.plan.machine import this_machine
     from ziggurat.runtime.sizes import parse_bytes
 
+    policy = policy_of(options)
     memory = parse_bytes(options["memory"]) if options["memory"] is not None else None
     if options["type_name"] is not None and model.suffix == ".gguf":
         raise InvalidRequestError("--type is for checkpoints; a GGUF file has its types already")
     with open_planner(
-        model, gpu_layers=options["gpu_layers"], file_type=options["type_name"], ask_library=not options["estimate"]
+        model,
+        gpu_layers=options["gpu_layers"],
+        file_type=options["type_name"],
+        ask_library=not options["estimate"],
+        policy=policy,
     ) as planner:
         settings = ContextSettings(
             n_ctx=options["ctx"] or min(planner.model.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX),
@@ -60,6 +67,7 @@ def plan(model: Path, **options: Any) -> int:
             flash_attention=options["flash_attention"],
         )
         report = describe(planner, settings, memory, this_machine())
+    report["plan"]["kv_budget_asked"] = None if policy is None else str(policy.budget)
     if options["as_json"]:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -135,11 +143,32 @@ def _fitting(conversations: int) -> str:
     return f"fit {conversations} conversations of this context{most}"
 
 
+def _budget_remarks(planned: dict[str, Any], budget: dict[str, Any]) -> list[str]:
+    from ziggurat.runtime.sizes import human_bytes
+
+    rows, asked = budget["rows_per_layer"], planned["kv_budget_asked"]
+    sizes = {name: human_bytes(size) for name, size in budget.items() if name.endswith("_bytes")}
+    each = f"{rows[0]:,}" if rows[0] == rows[-1] else f"{rows[0]:,} to {rows[-1]:,}"
+    stage = "stage of one layer" if budget["layer_major"] else "lane, a full cache"
+    return [
+        f"KV budget {asked}: {each} rows per layer and head, {sum(rows) / len(rows):,.0f} on average;"
+        f" to keep every row would take {human_bytes(budget['kv_bytes_full'])}.",
+        f"KV rows: {sizes['rows_bytes']} (room for generated tokens included), positions {sizes['position_bytes']},"
+        f" queries {sizes['query_bytes']}; while a prompt is read: {stage} {sizes['stage_bytes']},"
+        f" hidden states {sizes['hidden_bytes']}.",
+    ]
+
+
 def _remarks(planned: dict[str, Any]) -> list[str]:
     from ziggurat.runtime.sizes import human_bytes
 
     lines = []
-    layers = Counter(planned["kv_bytes_per_layer"]).most_common()
+    budget = planned["kv_budget"]
+    layers = [] if budget else Counter(planned["kv_bytes_per_layer"]).most_common()
+    if budget:
+        lines += _budget_remarks(planned, budget)
+    elif planned["kv_budget_asked"]:
+        lines.append("This model cannot have a KV budget as far as its metadata tells: every row is kept.")
     if layers:
         # a model whose layers all differ would make a list as long as it has layers
         told = ", ".join(f"{count} x {human_bytes(size)}" for size, count in layers[:6])

@@ -12,10 +12,10 @@ import click
 
 from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
 from ziggurat.runtime.files import check_target, write_atomic
-from ziggurat.runtime.options import context_options, device_options, kv_options, refuse_budgets, sampling_options
+from ziggurat.runtime.options import context_options, device_options, kv_options, sampling_options
 
 if TYPE_CHECKING:
-    from ziggurat.runtime.engine import Engine, FinishEvent, GenerationRequest, ModelInfo
+    from ziggurat.runtime.engine import Engine, FinishEvent, GenerationRequest, GenerationStats, ModelInfo
     from ziggurat.runtime.sampling import SamplingParams
 
 # what a terminal would obey instead of show: a model's text is not trusted
@@ -33,7 +33,8 @@ _CONTROLS = dict.fromkeys([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, *
     type=click.IntRange(-1),
     default=-1,
     metavar="N",
-    help="Tokens to generate at most; default, or -1: until the model ends or the context is full.",
+    help="Tokens to generate at most; default, or -1: until the model ends or the context is full (with a KV budget it"
+    " never is).",
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @context_options
@@ -50,9 +51,10 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     The text goes to stdout as it is made, everything else to stderr. Without a chat template in the file the prompt is
     given as it is.
     """
+    from ziggurat.runtime.kv_policy import policy_of
     from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 
-    refuse_budgets({name: value for name, value in options.items() if name.startswith("kv_")})
+    policy = policy_of(options)
     if options["verbose"]:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s", stream=sys.stderr)
     sampling = _sampling(options)
@@ -68,9 +70,13 @@ def run(model: Path, prompt: str, **options: Any) -> int:
         type_v=options["cache_type_v"],
         threads=options["threads"],
         gpu_layers=options["gpu_layers"],
+        kv=policy,
     )
     with LlamaEngine(model, settings) as engine:
-        request = _request(engine.load(), text, sampling, options)
+        info = engine.load()
+        if info.kv_unsupported is not None:
+            click.echo(f"ziggurat: no KV budget, every row is kept: {info.kv_unsupported}", err=True)
+        request = _request(info, text, sampling, options)
         done = generate(engine, request)
     click.echo(_summary(done), err=True)
     if stats_file is not None:
@@ -154,6 +160,18 @@ def _summary(done: FinishEvent) -> str:
         f"[{stats.prompt_tokens} prompt tokens, {stats.prompt_tokens_per_second:.1f}/s"
         f" | {stats.generated_tokens} generated, {stats.decode_tokens_per_second:.1f}/s"
         f" | first after {stats.time_to_first_token_s:.2f} s"
-        f" | KV {stats.kv_bytes / 2**20:.1f} MiB"
+        f" | {_kv_summary(stats)}"
         f" | {done.reason}]"
+    )
+
+
+def _kv_summary(stats: GenerationStats) -> str:
+    size = f"KV {stats.kv_bytes / 2**20:.1f} MiB"
+    if stats.kv_bytes_peak == stats.kv_bytes_full:  # without a budget all is allocated at once
+        return size
+    rows = stats.kv_rows_per_layer
+    each = f"{rows[0]}" if rows[0] == rows[-1] else f"{rows[0]} to {rows[-1]}"
+    return (
+        f"{size} of {stats.kv_bytes_full / 2**20:.1f}, {stats.kv_bytes_peak / 2**20:.1f} while the prompt was read"
+        f" | {each} rows a layer, {stats.evicted_rows} evicted"
     )

@@ -34,7 +34,8 @@ class GenerationRequest:
 
     ``messages`` go through the model's chat template, ``prompt`` is tokenized as it is (special tokens written in it
     are recognized; BOS is added once if the model wants it), ``tokens`` are taken unchanged. ``max_tokens`` None means
-    until the model ends or the context is full. Generation ends before any of the ``stop`` strings.
+    until the model ends or the context is full, which it never is with a KV budget. Generation ends before any of the
+    ``stop`` strings.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -65,7 +66,8 @@ class GenerationStats:
     ``decode_steps`` after the first token (which the prompt's logits give), ``time_to_first_token_s`` from the
     submission. ``kv_bytes`` is what the cache takes after the prompt, ``kv_bytes_peak`` the most it took, and
     ``kv_bytes_full`` what the stock library takes for this context: without a budget all three are the whole context,
-    which it allocates at once. ``kv_rows_per_layer`` are the rows in use after the prompt.
+    which it allocates at once. ``kv_rows_per_layer`` are the rows in use after the prompt, ``evicted_rows`` the tokens
+    seen less the rows held at the end, summed over the layers; both per KV head.
     """
 
     prompt_tokens: int
@@ -124,7 +126,11 @@ Event = TokenEvent | FinishEvent
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a loaded engine serves. ``n_ctx`` is per conversation, in tokens; sizes in bytes."""
+    """What a loaded engine serves. ``n_ctx`` is per conversation, in tokens; sizes in bytes.
+
+    ``kv_bytes`` is what the cache takes after a prompt as long as the context. ``kv_unsupported`` says why the KV
+    budget that was asked for is not used and every row is kept; None when it is used, or none was asked for.
+    """
 
     path: str
     description: str
@@ -135,6 +141,7 @@ class ModelInfo:
     n_ctx_train: int
     has_chat_template: bool
     kv_bytes: int
+    kv_unsupported: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 

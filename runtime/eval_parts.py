@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ziggurat.runtime.evaluate.monitor import Monitor
     from ziggurat.runtime.evaluate.needle import Needle, Writer
     from ziggurat.runtime.gguf_file import GGUFFile
+    from ziggurat.runtime.kv_policy import KVPolicy
 
 Options = dict[str, Any]
 Figures = dict[str, Any]
@@ -37,7 +39,19 @@ def settings(options: Options) -> DecodeSettings:
         type_k=options["cache_type_k"],
         type_v=options["cache_type_v"],
         threads=options["threads"],
+        kv=options["kv"],
     )
+
+
+def _supported(policy: KVPolicy | None, model: Model, note: Note) -> KVPolicy | None:
+    """Return the policy if the model can have a KV budget, else say why not."""
+    from ziggurat.runtime.bindings import kv
+
+    reason = kv.unsupported(model) if policy is not None else None
+    if reason is None:
+        return policy
+    note(f"no KV budget, every row is kept: {reason}")
+    return None
 
 
 def checked(path: Path, options: Options) -> GGUFFile:
@@ -83,19 +97,23 @@ def measure_text(
         checked(against, options)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(_loaded(path, options, monitor))
+        how = replace(how, kv=_supported(how.kv, model, note))
         chunks = cut(model.vocab, text, options["ctx"] or DEFAULT_CTX, options["chunks"], source=str(options["text"]))
         if chunks.n_ctx > model.n_ctx_train > 0:
             note(f"chunks of {chunks.n_ctx} tokens exceed the {model.n_ctx_train} that the model was trained for")
         reference = writer = None
         if against is not None:
-            opened = open_reference(against, model.vocab, chunks, how, monitor, gpu_layers=options["gpu_layers"])
+            # it keeps every row, and has to take the same steps
+            plain = replace(how, kv=None, n_batch=max(how.n_batch, chunks.n_ctx)) if how.kv is not None else how
+            opened = open_reference(against, model.vocab, chunks, plain, monitor, gpu_layers=options["gpu_layers"])
             reference = stack.enter_context(opened)
         decoder = stack.enter_context(ChunkDecoder(model, chunks, how, monitor))
         if (target := options["save_logits"]) is not None:
             vocab = model.vocab
             writer = stack.enter_context(LogitsWriter(target, chunks, path.name, fingerprint(vocab), vocab.n_tokens))
         result = evaluate_text(decoder, chunks, monitor, reference=reference, writer=writer, threads=how.n_threads)
-    return result.as_json()
+        kept = decoder.kept
+    return result.as_json() | ({"kv_rows_per_layer": list(kept)} if kept is not None else {})
 
 
 def questions(options: Options) -> list[Question]:
@@ -107,15 +125,17 @@ def questions(options: Options) -> list[Question]:
     return read_questions(options["choices"], options["limit"])
 
 
-def measure_choices(path: Path, questions: list[Question], options: Options, monitor: Monitor) -> Figures:
+def measure_choices(path: Path, questions: list[Question], options: Options, monitor: Monitor, note: Note) -> Figures:
     """Return the accuracies on the questions of ``--choices``."""
     from ziggurat.runtime.evaluate.choices import evaluate_choices
     from ziggurat.runtime.evaluate.choices_file import DEFAULT_PROMPT
 
     form = options["choices_prompt"] or DEFAULT_PROMPT
     with _loaded(path, options, monitor) as model:
+        how = settings(options)
+        how = replace(how, kv=_supported(how.kv, model, note))
         try:
-            result = evaluate_choices(model, questions, settings(options), monitor, form)
+            result = evaluate_choices(model, questions, how, monitor, form)
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{options['choices']}: {error}") from None
     return {"file": str(options["choices"]), **result.as_json(items=options["choices_items"])}
@@ -130,7 +150,7 @@ class NeedleGrid:
     def __init__(self, path: Path, options: Options, note: Note) -> None:
         from ziggurat.runtime.bindings import Model
 
-        self._path, self._options = path, options
+        self._path, self._options, self._note = path, options, note
         file = checked(path, options)
         trained = file.integer(f"{file.architecture}.context_length") or 0
         self.lengths = self._lengths(trained)
@@ -199,9 +219,12 @@ class NeedleGrid:
             type_v=options["cache_type_v"],
             threads=options["threads"],
             gpu_layers=options["gpu_layers"],
+            kv=options["kv"],
         )
         with LlamaEngine(self._path, how) as engine:
-            engine.load()
+            reason = engine.load().kv_unsupported
+            if reason is not None:
+                self._note(f"no KV budget, every row is kept: {reason}")
             trials = ask(engine, self.needles, len(self.needles), monitor, options["answer_tokens"])
         return {**self.describe(), **results(trials)}
 

@@ -20,10 +20,16 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class KVFigures:
-    """The KV bytes of a loaded context, and the rows each layer allocated; from the plan."""
+    """The KV cache of a context: bytes as ``GenerationStats`` has them, and the rows each layer allocated.
+
+    ``endless``: layers that are full select again, so that a generation is not bounded by the context.
+    """
 
     bytes: int
+    peak: int
+    full: int
     rows_per_layer: tuple[int, ...]
+    endless: bool = False
 
 
 class Generation:
@@ -61,6 +67,7 @@ class Generation:
         self._started = self._prompt_done = self._last = clock()
         self._first_token = 0.0
         self._decode_steps = 0
+        self._prompt_rows: tuple[int, ...] = ()
 
     @property
     def n_prompt(self) -> int:
@@ -89,6 +96,7 @@ class Generation:
         index = batch.add(chunk, self._n_read, self._sequence, output_last=last)
         self._context.decode(batch)
         self._n_read += len(chunk)
+        self._prompt_rows = self._rows(self._n_read)
         return self._choose(index) if last else None
 
     def _choose(self, index: int) -> TokenEvent | None:
@@ -110,8 +118,20 @@ class Generation:
 
     def _is_full(self) -> bool:
         limit = self.request.max_tokens
+        if self.n_generated == limit or self._kv.endless:
+            return self.n_generated == limit
         # the pending token needs a row of its own before another can be chosen
-        return self.n_generated == limit or self.n_prompt + self.n_generated > self._context.settings.n_ctx
+        return self.n_prompt + self.n_generated > self._context.settings.n_ctx
+
+    def _rows(self, n_tokens: int) -> tuple[int, ...]:
+        """Return the rows in use in each layer after ``n_tokens`` tokens."""
+        if self._context.kv_active:
+            return self._context.kv_rows(self._sequence)
+        return tuple(min(n_tokens, rows) for rows in self._kv.rows_per_layer)
+
+    def _evicted(self) -> int:
+        seen = self._n_read + self._decode_steps
+        return sum(seen - rows for rows in self._rows(seen)) if self._context.kv_active else 0
 
     def cancel(self) -> None:
         """End it; idempotent, and without effect when it has ended by itself."""
@@ -134,10 +154,10 @@ class Generation:
             decode_steps=self._decode_steps,
             time_to_first_token_s=self._first_token - self._submitted if self._first_token else 0.0,
             kv_bytes=self._kv.bytes,
-            kv_bytes_peak=self._kv.bytes,
-            kv_bytes_full=self._kv.bytes,
-            kv_rows_per_layer=tuple(min(self._n_read, rows) for rows in self._kv.rows_per_layer),
-            evicted_rows=0,
+            kv_bytes_peak=self._kv.peak,
+            kv_bytes_full=self._kv.full,
+            kv_rows_per_layer=self._prompt_rows or self._rows(self._n_read),
+            evicted_rows=self._evicted(),
             n_ctx=self._context.settings.n_ctx,
             seed=None if self._sampling.temperature == 0 else self._sampling.seed,
         )

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from ziggurat.runtime.bindings import Batch, Context
+from ziggurat.runtime.bindings import Context
+from ziggurat.runtime.contexts import Serving
 from ziggurat.runtime.engine import EngineStats, Event, FinishEvent, GenerationRequest, ModelInfo
 from ziggurat.runtime.errors import (
     DecodeAborted,
@@ -190,7 +191,6 @@ class _Worker:
         except BaseException as error:
             ready.set_exception(error)
             return
-        self._state.context = loaded.context
         ready.set_result(loaded)
         try:
             self._serve(loaded)
@@ -204,17 +204,15 @@ class _Worker:
             loaded.model.close()
 
     def _serve(self, loaded: Loaded) -> None:
-        batch = loaded.context.new_batch()
         while (job := self._queue.get()) is not None:
             with self._state.lock:
                 if self._state.closing:
                     return
                 self._state.current = job
-                loaded.context.abort.clear()
             error: BaseException | None = None
             done: FinishEvent | None = None
             try:
-                done = self._generate(job, loaded, batch)
+                done = self._generate(job, self._prepare(job, loaded))
             except ZigguratError as caught:
                 error = caught
             except Exception as caught:  # a fault of ours must not take the other requests with it
@@ -222,9 +220,18 @@ class _Worker:
                 error.__cause__ = caught
             self._end(job, done, error)
 
-    def _generate(self, job: _Job, loaded: Loaded, batch: Batch) -> FinishEvent | None:
+    def _prepare(self, job: _Job, loaded: Loaded) -> Serving:
+        """Return the context that the request's prompt needs, ready to be aborted by other threads."""
+        serving = loaded.contexts.for_prompt(len(job.tokens))
+        with self._state.lock:
+            self._state.context = serving.context
+            serving.context.abort.clear()
+        return serving
+
+    def _generate(self, job: _Job, serving: Serving) -> FinishEvent | None:
         """Run one request to its end; None when the engine closes first."""
-        generation = Generation(job.request, job.tokens, loaded.context, kv=loaded.kv, submitted=job.submitted)
+        context = serving.context
+        generation = Generation(job.request, job.tokens, context, kv=serving.kv, submitted=job.submitted)
         try:
             while generation.reason is None:
                 if self._state.closing:
@@ -233,7 +240,7 @@ class _Worker:
                     generation.cancel()
                     break
                 try:
-                    event = generation.step(batch)
+                    event = generation.step(serving.batch)
                 except DecodeAborted:
                     continue  # closing or cancelled: the checks above tell which
                 if event is not None:
@@ -243,7 +250,7 @@ class _Worker:
             return FinishEvent(rest, generation.reason, generation.stats())
         finally:
             generation.finish()
-            loaded.context.clear()
+            context.clear()
 
     def _end(self, job: _Job, done: FinishEvent | None, error: BaseException | None) -> None:
         state = self._state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ziggurat.runtime import plan
 from ziggurat.runtime.bindings import (
@@ -14,14 +14,16 @@ from ziggurat.runtime.bindings import (
     Model,
     can_measure,
     devices,
+    kv,
     measure,
     supports_gpu_offload,
 )
+from ziggurat.runtime.contexts import Contexts
 from ziggurat.runtime.engine import ModelInfo
 from ziggurat.runtime.errors import InvalidRequestError, MemoryShortageError, UnsupportedError
-from ziggurat.runtime.generation import KVFigures
 from ziggurat.runtime.gguf_file import GGUFFile, read_gguf
 from ziggurat.runtime.hardware import default_threads
+from ziggurat.runtime.kv_policy import KVPolicy
 from ziggurat.runtime.plan.machine import impossible, shortage, this_machine
 from ziggurat.runtime.prompts import PromptEncoder
 
@@ -41,7 +43,8 @@ class EngineSettings:
 
     ``n_ctx`` is per conversation, in tokens; None takes the trained context up to ``DEFAULT_CTX``. ``n_ubatch`` tokens
     are computed at once. ``type_k`` and ``type_v`` are the KV row types (f16, bf16, q8_0, q4_0). ``threads`` None takes
-    the physical cores, ``gpu_layers`` None all that the device can hold.
+    the physical cores, ``gpu_layers`` None all that the device can hold. ``kv`` bounds the rows that stay of a prompt;
+    None keeps all.
     """
 
     n_ctx: int | None = None
@@ -52,6 +55,7 @@ class EngineSettings:
     flash_attention: str = "auto"
     threads: int | None = None
     gpu_layers: int | None = None
+    kv: KVPolicy | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "n_batch", "n_ubatch", "threads"):
@@ -64,19 +68,19 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its context, and what was computed about them once."""
+    """A model that is ready to serve, and what was computed about it once."""
 
     model: Model
-    context: Context
+    contexts: Contexts
     prompts: PromptEncoder
     info: ModelInfo
-    kv: KVFigures
 
 
 def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callable[[float], bool]) -> Loaded:
-    """Check the file, load the model, make the context. ``proceed`` gets 0.0 to 1.0 and stops the load with False.
+    """Check the file and load the model. ``proceed`` gets 0.0 to 1.0 and stops the load with False.
 
-    What is short of memory is logged as a warning before anything is loaded, and refused when it can never fit.
+    What is short of memory is logged as a warning before anything is loaded, and refused when it can never fit. A model
+    that cannot have the KV budget asked for is loaded without; ``ModelInfo.kv_unsupported`` says why.
 
     Raises ModelFileError, MemoryShortageError, ModelLoadError, UnsupportedError, ContextError, TemplateError,
     LibraryError; nothing stays allocated then.
@@ -85,16 +89,21 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
     shape = _shape(file)
     if shape is not None:
         plan.check_cache_types(shape, settings.type_k, settings.type_v)
-    _check_memory(file, settings)
+    if settings.kv is not None:
+        kv.require()
+    expected = _check_memory(file, settings)
     model = Model(path, gpu_layers=settings.gpu_layers, progress=proceed)
     try:
         if not model.generates_text:
             raise UnsupportedError(
                 f"{os.fspath(path)}: a {file.architecture} model does not generate text token by token"
             )
+        unsupported = kv.unsupported(model) if settings.kv is not None else None
+        if unsupported is not None:
+            _logger.info("%s: no KV budget: %s", os.fspath(path), unsupported)
+            settings = replace(settings, kv=None)
+            expected = _check_memory(file, settings)
         n_ctx = _n_ctx(settings, model.n_ctx_train)
-        context = Context(model, _context_settings(settings, n_ctx))
-        kv = _kv_figures(shape, settings, n_ctx)
         info = ModelInfo(
             path=os.fspath(path),
             description=model.description,
@@ -104,9 +113,11 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
             n_ctx=n_ctx,
             n_ctx_train=model.n_ctx_train,
             has_chat_template=model.chat_template is not None,
-            kv_bytes=kv.bytes,
+            kv_bytes=sum(expected.kv_per_layer),
+            kv_unsupported=unsupported,
         )
-        return Loaded(model, context, PromptEncoder(model.vocab, model.chat_template), info, kv)
+        contexts = Contexts(model, shape, _context_settings(settings, n_ctx), settings.kv)
+        return Loaded(model, contexts, PromptEncoder(model.vocab, model.chat_template), info)
     except BaseException:
         model.close()
         raise
@@ -116,8 +127,8 @@ def _n_ctx(settings: EngineSettings, n_ctx_train: int) -> int:
     return settings.n_ctx or min(n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
 
 
-def _check_memory(file: GGUFFile, settings: EngineSettings) -> None:
-    """Compare the plan with the machine.
+def _check_memory(file: GGUFFile, settings: EngineSettings) -> plan.MemoryPlan:
+    """Compare the plan, for a prompt as long as the context, with the machine, and return it.
 
     By arithmetic first; when that comes near to what is free, the library is asked, which takes as long as reading the
     vocabulary. (In this process: on a file that it aborts on, it would abort a moment later anyway.) A GPU that is
@@ -127,7 +138,10 @@ def _check_memory(file: GGUFFile, settings: EngineSettings) -> None:
     free = [device.memory_free for device in devices() if device.kind == "gpu"] if supports_gpu_offload() else []
     every_layer = len(model.weights.layers) + 1
     gpu_layers = every_layer if settings.gpu_layers is None else settings.gpu_layers
-    context = _context_settings(settings, _n_ctx(settings, model.n_ctx_train))
+    n_ctx = _n_ctx(settings, model.n_ctx_train)
+    context = _context_settings(settings, n_ctx)
+    if settings.kv is not None and model.kv is not None:
+        context = replace(context, kv=settings.kv.settings(settings.kv.rows(model.kv.n_layer, n_ctx)))
     planned = plan.plan_memory(model, context, gpu_layers=gpu_layers if free else 0)
     machine = this_machine(free)
     near = planned.total > _NEAR * machine.available and planned.host.fixed < _FAR * (machine.total + machine.swap)
@@ -140,6 +154,7 @@ def _check_memory(file: GGUFFile, settings: EngineSettings) -> None:
     warning = shortage(planned, machine)
     if warning is not None:
         _logger.warning("%s %s", file.path, warning)
+    return planned
 
 
 def _shape(file: GGUFFile) -> plan.KVShape | None:
@@ -160,12 +175,3 @@ def _context_settings(settings: EngineSettings, n_ctx: int) -> ContextSettings:
         flash_attention=settings.flash_attention,
         n_threads=settings.threads or default_threads(),
     )
-
-
-def _kv_figures(shape: plan.KVShape | None, settings: EngineSettings, n_ctx: int) -> KVFigures:
-    if shape is None:
-        return KVFigures(0, ())
-    n_ubatch = min(settings.n_ubatch, settings.n_batch, plan.padded(n_ctx))
-    rows = plan.rows_per_layer(shape, n_ctx, n_ubatch=n_ubatch)
-    size = plan.kv_bytes(shape, n_ctx, type_k=settings.type_k, type_v=settings.type_v, n_ubatch=n_ubatch)
-    return KVFigures(size, rows)

@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 import click
 
-from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
+from ziggurat.runtime.errors import InvalidRequestError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 CACHE_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 KV_POLICIES = ("none", "pyramid", "snapkv", "streaming", "h2o", "tova", "keydiff")
+_MAX_ROWS = 2**30
 KV_SCORES = ("snapkv", "h2o", "tova", "keydiff", "recent", "random")
 
 
@@ -29,15 +30,39 @@ def option_group(*options: Callable[[Any], Any]) -> Callable[[Command], Command]
 
 
 kv_options = option_group(
-    click.option("--kv-budget", metavar="ROWS|N%", help="Mean KV rows per layer and head to keep after a prompt."),
     click.option(
-        "--kv-policy", type=click.Choice(KV_POLICIES), help="Preset of schedule and score; none keeps every row."
+        "--kv-budget",
+        metavar="ROWS|N%",
+        help="Mean KV rows per layer and head to keep after a prompt, or a part of its tokens. --ctx then bounds the"
+        " prompt, not the generation.",
     ),
-    click.option("--kv-schedule", type=click.Choice(["uniform", "pyramid"]), help="How many rows each layer keeps."),
-    click.option("--kv-score", type=click.Choice(KV_SCORES), help="Which rows are kept."),
-    click.option("--kv-window", type=click.IntRange(1), metavar="N", help="Last tokens that observe and always stay."),
-    click.option("--kv-sinks", type=click.IntRange(0), metavar="N", help="First tokens that always stay."),
-    click.option("--kv-prefill", type=click.Choice(["exact", "bounded", "chunked"]), help="How prompts are read."),
+    click.option(
+        "--kv-policy",
+        type=click.Choice(KV_POLICIES),
+        help="Preset of schedule and score; none keeps every row. Default with a budget: pyramid.",
+    ),
+    click.option(
+        "--kv-schedule",
+        type=click.Choice(["uniform", "pyramid"]),
+        help="How many rows each layer keeps; default: the preset's.",
+    ),
+    click.option("--kv-score", type=click.Choice(KV_SCORES), help="Which rows are kept; default: the preset's."),
+    click.option(
+        "--kv-window",
+        type=click.IntRange(1, _MAX_ROWS),
+        metavar="N",
+        help="Last tokens that observe and always stay; default: 32.",
+    ),
+    click.option(
+        "--kv-sinks", type=click.IntRange(0, _MAX_ROWS), metavar="N", help="First tokens that always stay; default: 4."
+    ),
+    click.option(
+        "--kv-prefill",
+        type=click.Choice(["exact", "bounded", "chunked"]),
+        help="How prompts are read. exact (default): rows are chosen once it is whole, layer by layer, or beside a full"
+        " cache where the model's graph cannot be cut; bounded: the same, but such a model is refused; chunked: after"
+        " every --ubatch, which is lossy.",
+    ),
 )
 
 cache_options = option_group(
@@ -117,32 +142,3 @@ def parse_counts(text: str, option: str) -> list[int]:
             raise InvalidRequestError(f"{option} {text}: give numbers with commas between, such as 512,2k")
         counts.add(int(match[1]) * (1024 if match[2] else 1))
     return sorted(counts)
-
-
-def refuse_budgets(kv: dict[str, Any]) -> None:
-    """Raise UnsupportedError for any ``--kv-*`` option that asks for fewer rows than all; ``--kv-policy none`` is fine.
-
-    ``kv`` holds the options' values by parameter name, None where not given. A malformed ``--kv-budget`` is an
-    InvalidRequestError, so that a typing mistake is not taken for a missing feature.
-    """
-    budget = kv.get("kv_budget")
-    if budget is not None:
-        _check_budget(budget)
-    asked = [name for name, value in kv.items() if value is not None and (name, value) != ("kv_policy", "none")]
-    if asked:
-        flags = ", ".join("--" + name.replace("_", "-") for name in asked)
-        raise UnsupportedError(
-            f"{flags}: this build keeps every KV row and has no budgets; leave it out, or say --kv-policy none"
-        )
-
-
-def _check_budget(text: str) -> None:
-    number, percent = (text[:-1], True) if text.endswith("%") else (text, False)
-    try:
-        value = float(number) if percent else int(number)
-    except ValueError:
-        value = 0
-    if not 0 < value or (percent and value > 100):
-        raise InvalidRequestError(
-            f"--kv-budget {text}: give a number of rows above 0, or a part of the prompt such as 12%"
-        )

@@ -1,14 +1,15 @@
 """The only room that touches llama.cpp's C API: typed, documented, and safe to call from Python.
 
 ``library`` finds and probes it, ``model`` and ``vocab`` hold weights and tokens, ``context`` and ``batch`` decode,
-``sampler`` chooses, ``memory`` and ``simulation`` say what is or would be allocated, ``log`` turns its log into
-reasons, ``abort`` stops it. Everything that would make the library
+``kv`` bounds the rows that stay, ``sampler`` chooses, ``memory`` and ``simulation`` say what is or would be allocated,
+``log`` turns its log into reasons, ``abort`` stops it. Everything that would make the library
 abort the process (a token id out of range, logits never computed, an oversized batch) is an exception here.
 """
 
 from ziggurat.runtime.bindings.abort import AbortFlag
 from ziggurat.runtime.bindings.batch import Batch
 from ziggurat.runtime.bindings.context import CACHE_TYPES, FLASH_ATTENTION, Context, ContextSettings
+from ziggurat.runtime.bindings.kv import KVLayout, KVSettings
 from ziggurat.runtime.bindings.library import Device, LibraryInfo, devices, probe, supports_gpu_offload, system_info
 from ziggurat.runtime.bindings.memory import BufferMemory, can_measure, measure
 from ziggurat.runtime.bindings.model import Model
@@ -25,6 +26,8 @@ __all__ = [
     "Context",
     "ContextSettings",
     "Device",
+    "KVLayout",
+    "KVSettings",
     "LibraryInfo",
     "Model",
     "SamplerChain",

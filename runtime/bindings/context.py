@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from ziggurat.runtime.bindings import library
+from ziggurat.runtime.bindings import kv, library
 from ziggurat.runtime.bindings.abort import AbortFlag
 from ziggurat.runtime.bindings.batch import Batch
+from ziggurat.runtime.bindings.kv import KVLayout, KVSettings
 from ziggurat.runtime.bindings.log import reason
 from ziggurat.runtime.bindings.model import Model
 from ziggurat.runtime.errors import ContextError, DecodeAborted, DecodeError, EngineClosedError, InvalidRequestError
 
-#: ggml type ids of the KV row types the library has attention kernels for everywhere.
-CACHE_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
+#: ggml type ids of the KV row types the library has attention kernels for everywhere; f32 is for exact comparisons.
+CACHE_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "f32": 0}
+_UNBLOCKED = ("f16", "bf16", "f32")
 #: What ``ContextSettings.flash_attention`` may be; auto takes it where the device supports it.
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 #: KV rows a context can have, all sequences together.
@@ -31,7 +34,8 @@ class ContextSettings:
     multiple of 256). ``n_batch`` bounds a batch (never to less than one token of every sequence), ``n_ubatch`` what is
     computed at once; both in tokens. ``type_k`` and ``type_v`` are keys of ``CACHE_TYPES``. ``n_threads`` computes
     single tokens, ``n_threads_batch`` (default: the same) prompts. ``swa_full`` keeps whole-context rows in
-    sliding-window layers as well.
+    sliding-window layers as well. ``kv`` bounds the rows that stay of a prompt: ``n_ctx`` then bounds the prompt alone,
+    and ``n_batch`` is raised to it unless prompts are read in chunks, since one has to arrive in one batch.
     """
 
     n_ctx: int
@@ -44,8 +48,11 @@ class ContextSettings:
     n_threads: int = 4
     n_threads_batch: int | None = None
     swa_full: bool = False
+    kv: KVSettings | None = None
 
     def __post_init__(self) -> None:
+        if self.kv is not None and self.kv.prefill != "chunked" and self.n_batch < self.n_ctx:
+            object.__setattr__(self, "n_batch", self.n_ctx)
         for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -59,7 +66,7 @@ class ContextSettings:
                 raise InvalidRequestError(f"cache type {name!r} is unknown; take one of {', '.join(CACHE_TYPES)}")
         if self.flash_attention not in FLASH_ATTENTION:
             raise InvalidRequestError(f"flash attention is auto, on or off, not {self.flash_attention!r}")
-        if self.flash_attention == "off" and self.type_v not in ("f16", "bf16"):
+        if self.flash_attention == "off" and self.type_v not in _UNBLOCKED:
             raise InvalidRequestError(
                 f"cache type {self.type_v} for V needs flash attention; turn it on or keep V in f16"
             )
@@ -78,11 +85,12 @@ class Context:
         self.settings = settings
         self.abort = AbortFlag()
         params = lib.llama_context_default_params()
-        _fill(params, settings)
+        budget = _fill(params, settings)
         params.abort_callback = ctypes.cast(self.abort.function, lib.ggml_abort_callback)
         params.abort_callback_data = self.abort.address
         with library.log.capture() as lines:
             handle = lib.llama_init_from_model(model.handle, params)
+        del budget  # the library has copied it
         self.log_lines = tuple(line for _, line in lines)
         if not handle:
             raise ContextError(f"no context of {settings.n_ctx} rows: {reason(lines, 'not enough memory?')}")
@@ -90,6 +98,8 @@ class Context:
         self._free = weakref.finalize(self, lib.llama_free, handle)
         self._memory = lib.llama_get_memory(handle)
         self._outputs: frozenset[int] = frozenset()
+        cache = kv.Cache(handle, model.n_layer) if settings.kv is not None else None
+        self._cache = cache if cache is not None and cache.active else None
         model.register(self)
 
     @property
@@ -135,7 +145,8 @@ class Context:
 
         Raises TokenError for ids outside the vocabulary before anything is computed, ContextError when the rows do not
         fit (nothing was changed), DecodeAborted when ``abort`` was set, DecodeError otherwise. After the last two the
-        rows of finished ubatches remain: clear the sequences concerned.
+        rows of finished ubatches remain: clear the sequences concerned. With a KV budget the sequence whose prompt was
+        being read is empty then, and the others are as they were.
         """
         if self.model.simulated:
             raise ContextError("this context was made to be measured and has no memory to compute in")
@@ -146,7 +157,9 @@ class Context:
         if status == 0:
             self._outputs = batch.outputs
         elif status == 1:
-            raise ContextError(f"no room for {len(batch)} tokens in a context of {self.n_ctx_allocated} rows")
+            refusal = self._cache.refusal() if self._cache is not None else ""
+            rows = self.n_ctx_allocated
+            raise ContextError(refusal or f"no room for {len(batch)} tokens in a context of {rows} rows")
         elif status == 2:
             raise DecodeAborted("the computation was aborted as asked", status)
         else:
@@ -181,7 +194,12 @@ class Context:
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self.handle), shape=shape)
 
     def copy(self, source: int, target: int) -> None:
-        """Give sequence ``target`` all rows of ``source``; what it had is forgotten."""
+        """Give sequence ``target`` all rows of ``source``; what it had is forgotten.
+
+        Raises ContextError with a KV budget, which does not share rows.
+        """
+        if self._cache is not None:
+            raise ContextError("a context with a KV budget cannot copy the rows of a sequence")
         memory = self._checked_memory()
         if source != target and self._valid(source) and self._valid(target):
             self._lib.llama_memory_seq_rm(memory, target, -1, -1)
@@ -204,17 +222,62 @@ class Context:
         """Return the largest position held of a sequence, -1 when it is empty."""
         return int(self._lib.llama_memory_seq_pos_max(self._checked_memory(), sequence))
 
+    @property
+    def kv_active(self) -> bool:
+        """Whether there is a KV budget; False without one in the settings, and when the model cannot have one."""
+        return self._cache is not None
+
+    def kv_layout(self) -> KVLayout | None:
+        """Return what the KV budget has allocated, None without one."""
+        return self._cache.layout() if self.handle and self._cache is not None else None
+
+    def kv_capacity(self) -> tuple[int, ...]:
+        """Return the rows allocated per layer and sequence; empty without a KV budget."""
+        return self._cache.capacity() if self.handle and self._cache is not None else ()
+
+    def kv_rows(self, sequence: int) -> tuple[int, ...]:
+        """Return the rows that a sequence uses per layer; empty without a KV budget."""
+        valid = self.handle and self._valid(sequence)
+        return self._cache.rows(sequence) if valid and self._cache is not None else ()
+
+    def kv_positions(self, sequence: int, layer: int) -> Any:
+        """Return which tokens a sequence's rows are of: int32 of shape (KV heads of the layer, rows), ascending.
+
+        Raises InvalidRequestError without a KV budget, and for a layer that there is not. Waits for the computation.
+        """
+        return self._checked_cache(sequence).positions(sequence, layer)
+
+    def set_kv_budget(self, sequence: int, rows: Sequence[int] | None) -> None:
+        """Give one sequence a KV budget of its own from its next selection on, None for the context's again.
+
+        ``rows`` has one entry per layer; with the slack they have to fit what was allocated. Raises InvalidRequestError
+        when they do not, and without a KV budget.
+        """
+        self._checked_cache(sequence).set_budget(sequence, rows)
+
+    def kv_select(self, sequence: int) -> int:
+        """Bring the layers of a sequence that are above their budget down to it; return how many there were.
+
+        Raises ContextError when the computation fails, after which the sequence is empty.
+        """
+        return self._checked_cache(sequence).select(sequence)
+
+    def _checked_cache(self, sequence: int) -> kv.Cache:
+        if not self.handle or self._cache is None:
+            raise InvalidRequestError("this context has no KV budget")
+        self._valid(sequence)
+        return self._cache
+
     def _checked_memory(self) -> Any:
         if not self.handle or self._memory is None:
             raise ContextError("this model keeps no rows of earlier tokens, so nothing can be generated with it")
         return self._memory
 
 
-def _fill(params: Any, settings: ContextSettings) -> None:
-    """Write the settings into the library's struct.
+def _fill(params: Any, settings: ContextSettings) -> object:
+    """Write the settings into the library's struct, whose layout is llama_cpp's, which ships with the library.
 
-    The struct travels by value, so its layout is llama_cpp's, which ships with the library. A KV budget will be one
-    more field there (a pointer at the end, in header and binding by the same patch) and one more line here.
+    What is returned has to live until the context is made: the struct points into it.
     """
     params.n_ctx = _padded(settings.n_ctx) * settings.n_seq_max
     # the library reserves one output for every sequence, and aborts the process when a batch has no room for them
@@ -229,6 +292,7 @@ def _fill(params: Any, settings: ContextSettings) -> None:
     params.swa_full = settings.swa_full
     params.kv_unified = False
     params.no_perf = True
+    return kv.fill(params, settings.kv) if settings.kv is not None else None
 
 
 def _padded(rows: int) -> int:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ziggurat.runtime.bindings.context import Context, ContextSettings
+from ziggurat.runtime.bindings.kv import KVSettings
 from ziggurat.runtime.bindings.memory import BufferMemory, measure
 from ziggurat.runtime.bindings.model import Model
 from ziggurat.runtime.errors import ContextError, ModelLoadError, ZigguratError
@@ -110,6 +111,11 @@ def _tree(root: type[ZigguratError]) -> dict[str, type[ZigguratError]]:
 _ERRORS = {name: kind for name, kind in _tree(ZigguratError).items() if kind.__init__ is ZigguratError.__init__}
 
 
+def _settings(question: dict[str, Any]) -> ContextSettings:
+    kv = question.pop("kv")
+    return ContextSettings(**question, kv=None if kv is None else KVSettings(**kv))
+
+
 def child() -> None:
     """What runs in the other process: one question per line of stdin, one answer per line of stdout."""
     # the library must not write into the answers
@@ -124,7 +130,7 @@ def child() -> None:
                 model = Model(question["path"], gpu_layers=question["gpu_layers"], simulated=True)
                 answer = {"rows": []}
             else:
-                with Context(model, ContextSettings(**question)) as context:
+                with Context(model, _settings(question)) as context:
                     answer = {"rows": [dataclasses.asdict(row) for row in measure(context)]}
         except ZigguratError as error:
             answer = {"error": str(error), "kind": type(error).__name__}

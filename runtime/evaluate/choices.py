@@ -3,13 +3,14 @@
 As lm-evaluation-harness does it: the score of a choice is the sum of the log-probabilities of its tokens after the
 prompt; besides, the mean per token (llama.cpp's score) and per byte of the choice (the harness takes characters). The
 prompt that all choices share is computed once and its rows are given to the other sequences; several questions share
-a batch.
+a batch. With a KV budget, which shares no rows, every choice reads the prompt itself and is then read token by token,
+as a model that generates it would have it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,8 +74,11 @@ def encode(vocab: Vocab, question: Question, form: str) -> Encoded:
     return Encoded(whole[0][:shared], [tokens[shared:] for tokens in whole])
 
 
-def decode_runs(context: Context, runs: Sequence[Run]) -> None:
-    """Compute runs in as few batches as they fit into. Raises what ``Context.decode`` raises."""
+def decode_runs(context: Context, runs: Sequence[Run], *, whole: bool = False) -> None:
+    """Compute runs in as few batches as they fit into. Raises what ``Context.decode`` raises.
+
+    ``whole``: a run that fits a batch is not cut, as prompts under a KV budget must not be.
+    """
     batch = context.new_batch()
     pending: list[tuple[Run, int, int]] = []
 
@@ -90,6 +94,8 @@ def decode_runs(context: Context, runs: Sequence[Run]) -> None:
 
     for run in runs:
         start = 0
+        if whole and len(batch) and len(batch) + len(run.tokens) > batch.capacity:
+            flush()
         while start < len(run.tokens):
             end = min(len(run.tokens), start + batch.capacity - len(batch))
             at = len(batch)
@@ -105,27 +111,59 @@ def decode_runs(context: Context, runs: Sequence[Run]) -> None:
         flush()
 
 
-def score_group(context: Context, group: Sequence[Encoded]) -> list[list[float]]:
-    """Return the log-likelihood of every ending of some questions, each choice in a sequence of its own."""
+def score_group(
+    context: Context, group: Sequence[Encoded], kept: Sequence[tuple[int, ...]] | None = None
+) -> list[list[float]]:
+    """Return the log-likelihood of every ending of some questions, each choice in a sequence of its own.
+
+    ``kept`` are the rows that each layer keeps of each question's prompt, None without a KV budget.
+    """
     context.clear()
     scores = [[0.0] * len(item.endings) for item in group]
-    prompts, endings = [], []
+    prompts, endings, firsts = [], [], []
     sequence = 0
     for item, row in zip(group, scores, strict=True):
+        firsts.append(sequence)
         prompts.append(Run(item.prefix, 0, sequence, 1, _First(item, row)))
         for choice, tokens in enumerate(item.endings):
             if len(tokens) > 1:
                 take = _Rest(tokens, row, choice)
                 endings.append(Run(tokens[:-1], len(item.prefix), sequence + choice, len(tokens) - 1, take))
         sequence += len(item.endings)
-    decode_runs(context, prompts)
-    sequence = 0
-    for item in group:
-        for choice in range(1, len(item.endings)):
-            context.copy(sequence, sequence + choice)
-        sequence += len(item.endings)
-    decode_runs(context, endings)
+    if kept is None:
+        decode_runs(context, prompts)
+        for item, first in zip(group, firsts, strict=True):
+            for choice in range(1, len(item.endings)):
+                context.copy(first, first + choice)
+        decode_runs(context, endings)
+    else:
+        _decode_after_prompts(context, group, kept, prompts, endings)
     return scores
+
+
+def _decode_after_prompts(
+    context: Context,
+    group: Sequence[Encoded],
+    kept: Sequence[tuple[int, ...]],
+    prompts: Sequence[Run],
+    endings: Sequence[Run],
+) -> None:
+    every = []
+    for item, rows, prompt in zip(group, kept, prompts, strict=True):
+        for choice in range(len(item.endings)):
+            context.set_kv_budget(prompt.sequence + choice, rows)
+            every.append(replace(prompt, sequence=prompt.sequence + choice, outputs=int(choice == 0)))
+    decode_runs(context, every, whole=True)
+    for step in range(max((len(run.tokens) for run in endings), default=0)):
+        decode_runs(context, [_token(run, step) for run in endings if step < len(run.tokens)])
+
+
+def _token(run: Run, step: int) -> Run:
+    """Return one token of a run as a run."""
+    take = run.take
+    return Run(
+        run.tokens[step : step + 1], run.position + step, run.sequence, 1, lambda _offset, logits: take(step, logits)
+    )
 
 
 @dataclass(frozen=True)
@@ -211,12 +249,16 @@ def evaluate_choices(
         )
     most = max(len(item.endings) for item in items)
     n_seq = max(most, min(_MAX_SEQUENCES, _MAX_ROWS // n_ctx))
+    policy = settings.kv
+    kept = [policy.rows(model.n_layer, n_ctx, len(item.prefix)) for item in items] if policy is not None else None
+    largest = tuple(map(max, zip(*kept, strict=True))) if kept is not None else None
     scores: list[list[float]] = []
-    with Context(model, settings.context(n_ctx, min(settings.n_batch, _MAX_BATCH), n_seq)) as context:
+    with Context(model, settings.context(n_ctx, min(settings.n_batch, _MAX_BATCH), n_seq, largest)) as context:
         monitor.watch(context)
         for group in _groups(items, n_seq):
             monitor.report("questions", len(scores), len(items))
-            scores += score_group(context, group)
+            done = len(scores)
+            scores += score_group(context, group, kept[done : done + len(group)] if kept is not None else None)
         monitor.report("questions", len(items), len(items))
     return ChoicesResult(questions, scores, [[len(ending) for ending in item.endings] for item in items])
 

@@ -1,4 +1,9 @@
-"""Computes the logits of a text's chunks, several chunks as parallel sequences of one batch."""
+"""Computes the logits of a text's chunks, several chunks as parallel sequences of one batch.
+
+With a KV budget the logits are those of a text that goes on after an evicted prompt: a prompt's own logits, read
+exactly, do not change by what is evicted at its end. So the first half of a chunk, of which nothing is scored, is read
+as one prompt, and the other half token by token.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from ziggurat.runtime.errors import InvalidRequestError
 from ziggurat.runtime.evaluate.chunks import Chunks, Step
 from ziggurat.runtime.evaluate.monitor import Monitor
 from ziggurat.runtime.hardware import default_threads
+from ziggurat.runtime.kv_policy import KVPolicy
 
 Logits = NDArray[np.float32]
 
@@ -21,7 +27,8 @@ Logits = NDArray[np.float32]
 class DecodeSettings:
     """How evaluations compute: llama.cpp's defaults. Sizes in tokens; ``threads`` None takes the physical cores.
 
-    The memory of the logits is n_batch / 2 x n_vocab x 4 bytes per model.
+    ``kv`` bounds the rows that stay of a prompt, None keeps all. The memory of the logits is n_batch / 2 x n_vocab x 4
+    bytes per model.
     """
 
     n_batch: int = 2048
@@ -30,6 +37,7 @@ class DecodeSettings:
     type_v: str = "f16"
     flash_attention: str = "auto"
     threads: int | None = None
+    kv: KVPolicy | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_batch", "n_ubatch"):
@@ -41,8 +49,11 @@ class DecodeSettings:
         """The threads to compute with."""
         return self.threads or default_threads()
 
-    def context(self, n_ctx: int, n_batch: int, n_seq_max: int) -> ContextSettings:
-        """Return the settings of a context for ``n_seq_max`` sequences of ``n_ctx`` rows."""
+    def context(self, n_ctx: int, n_batch: int, n_seq_max: int, kept: tuple[int, ...] | None = None) -> ContextSettings:
+        """Return the settings of a context for ``n_seq_max`` sequences of ``n_ctx`` rows.
+
+        ``kept`` are the rows that each layer keeps of a prompt, if there is a policy.
+        """
         return ContextSettings(
             n_ctx=n_ctx,
             n_batch=n_batch,
@@ -52,6 +63,7 @@ class DecodeSettings:
             type_v=self.type_v,
             flash_attention=self.flash_attention,
             n_threads=self.n_threads,
+            kv=self.kv.settings(kept) if self.kv is not None and kept is not None else None,
         )
 
 
@@ -61,9 +73,13 @@ class ChunkDecoder:
     def __init__(self, model: Model, chunks: Chunks, settings: DecodeSettings, monitor: Monitor) -> None:
         n_ctx = chunks.n_ctx
         at_once = max(1, min(settings.n_batch // n_ctx, chunks.n_chunks))
-        self.n_batch = settings.n_batch if settings.n_batch < n_ctx else at_once * n_ctx
+        whole = settings.n_batch >= n_ctx or settings.kv is not None
+        self.n_batch = at_once * n_ctx if whole else settings.n_batch
         self._chunks = chunks
-        self._context = Context(model, settings.context(n_ctx, self.n_batch, at_once))
+        kept = settings.kv.rows(model.n_layer, n_ctx, chunks.first) if settings.kv is not None else None
+        #: Rows that each layer keeps of a prompt, None for all.
+        self.kept = kept
+        self._context = Context(model, settings.context(n_ctx, self.n_batch, at_once, kept))
         self._batch = self._context.new_batch()
         monitor.watch(self._context)
 
@@ -73,6 +89,8 @@ class ChunkDecoder:
         The array is the library's own memory: valid until the next call. Steps come in the order of ``Chunks.steps``.
         Raises what ``Context.decode`` raises.
         """
+        if self.kept is not None:
+            return self._decode_after_prompts(step)
         batch, scored = self._batch, self._chunks.scored(step)
         if step.start == 0:
             self._context.clear()
@@ -85,6 +103,24 @@ class ChunkDecoder:
         self._context.decode(batch)
         logits: Logits = self._context.output_logits()
         return logits
+
+    def _decode_after_prompts(self, step: Step) -> Logits:
+        """Read the unscored part of every chunk as a prompt, and the rest one token of each at a time."""
+        chunks, first = self._chunks, self._chunks.first
+        indices = range(step.chunk_start, step.chunk_end)
+        self._context.clear()
+        self._feed(indices, 0, first, outputs=False)
+        logits = np.empty((len(indices), chunks.rows_per_chunk, self._context.model.vocab.n_tokens), np.float32)
+        for row in range(chunks.rows_per_chunk):
+            self._feed(indices, first + row, first + row + 1, outputs=True)
+            logits[:, row] = self._context.output_logits()
+        return logits.reshape(-1, logits.shape[2])
+
+    def _feed(self, chunks: range, start: int, end: int, *, outputs: bool) -> None:
+        self._batch.clear()
+        for sequence, chunk in enumerate(chunks):
+            self._batch.add(self._chunks.inputs(chunk, start, end), start, sequence, output_last=outputs)
+        self._context.decode(self._batch)
 
     def close(self) -> None:
         """Free the context. Idempotent."""

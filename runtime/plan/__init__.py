@@ -1,10 +1,12 @@
 """What a model takes in memory, known before anything is loaded.
 
-``kv`` is the arithmetic of KV rows, ``outline`` and ``checkpoint`` read what is needed of a GGUF file or a Hugging Face
-config, ``compute`` estimates the graph's buffers, ``memory`` puts the plan together, ``fit`` searches for what fits,
-``planner`` asks the library where it can say, ``machine`` compares with what there is.
+``kv`` is the arithmetic of KV rows and ``budgets`` of those that a budget keeps, ``outline`` and ``checkpoint`` read
+what is needed of a GGUF file or a Hugging Face config, ``compute`` estimates the graph's buffers, ``memory`` puts the
+plan together, ``fit`` searches for what fits, ``planner`` asks the library where it can say, ``machine`` compares with
+what there is.
 """
 
+from ziggurat.runtime.plan.budgets import BudgetMemory, budget_memory, takes_budget
 from ziggurat.runtime.plan.kv import (
     CACHE_TYPE_BLOCKS,
     ROW_PADDING,
@@ -27,6 +29,7 @@ from ziggurat.runtime.plan.planner import Planner, open_planner
 __all__ = [
     "CACHE_TYPE_BLOCKS",
     "ROW_PADDING",
+    "BudgetMemory",
     "DeviceMemory",
     "KVShape",
     "MemoryPlan",
@@ -34,6 +37,7 @@ __all__ = [
     "Planner",
     "SlidingWindow",
     "Weights",
+    "budget_memory",
     "bytes_per_token",
     "check_cache_types",
     "kv_bytes",
@@ -47,4 +51,5 @@ __all__ = [
     "row_bytes",
     "rows_held",
     "rows_per_layer",
+    "takes_budget",
 ]

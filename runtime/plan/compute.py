@@ -16,6 +16,7 @@ weights were up to 10.4 % above. GPUs were not measured.
 
 from __future__ import annotations
 
+from ziggurat.runtime.plan.budgets import BudgetMemory
 from ziggurat.runtime.plan.kv import rows_per_layer
 from ziggurat.runtime.plan.outline import Outline
 
@@ -28,7 +29,14 @@ def ubatch(n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int) -> int:
 
 
 def compute_bytes(
-    model: Outline, n_ctx: int, n_seq: int, n_ubatch: int, *, flash_attention: bool, swa_full: bool = False
+    model: Outline,
+    n_ctx: int,
+    n_seq: int,
+    n_ubatch: int,
+    *,
+    flash_attention: bool,
+    swa_full: bool = False,
+    budget: BudgetMemory | None = None,
 ) -> int:
     """Estimate the bytes of the compute buffers; ``n_ctx`` as padded by the library, ``n_ubatch`` as it limits it."""
     tokens = -(-n_ubatch // n_seq) * n_seq
@@ -37,9 +45,14 @@ def compute_bytes(
     if model.kv is None:
         return max(end, feed_forward)
     kv = model.kv
-    rows = rows_per_layer(kv, n_ctx, n_ubatch=n_ubatch, swa_full=swa_full)
-    # one mask for the layers that see everything, one for those with a window
-    masks = sum({window > 0: count for window, count in zip(kv.window, rows, strict=True)}.values())
+    if budget is None:
+        rows = rows_per_layer(kv, n_ctx, n_ubatch=n_ubatch, swa_full=swa_full)
+        # one mask for the layers that see everything, one for those with a window
+        masks = sum({window > 0: count for window, count in zip(kv.window, rows, strict=True)}.values())
+    else:
+        # one for the prompt in the stage, or one for every number of rows
+        rows = tuple(max(count, budget.stage_rows) for count in budget.capacity)
+        masks = max(budget.stage_rows, sum(set(budget.capacity)))
     masks *= tokens * (_F16 if flash_attention else _F32)
     layers = range(kv.n_layer)
     query = max(kv.n_head) * kv.key_length

@@ -14,7 +14,7 @@ from ziggurat.runtime.errors import ModelFileError, UnsupportedError
 from ziggurat.runtime.gguf_file import GGUFFile
 
 #: KV row type -> (values per block, bytes per block)
-CACHE_TYPE_BLOCKS = {"f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
+CACHE_TYPE_BLOCKS = {"f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18), "f32": (1, 4)}
 #: The library rounds the rows of a cache up to this.
 ROW_PADDING = 256
 

@@ -41,13 +41,13 @@ def shortage(plan: MemoryPlan, machine: Machine) -> str | None:
     if on_gpus(plan) > machine.gpu_free:
         return (
             f"needs {human_bytes(on_gpus(plan))} on the GPU and {human_bytes(machine.gpu_free)} are free:"
-            " lower --gpu-layers or --ctx"
+            f" {_remedy(plan, 'lower --gpu-layers')}"
         )
     host = plan.host
     if host.fixed > machine.available:
         return (
             f"needs {human_bytes(host.fixed)} {_what(plan)} and {human_bytes(machine.available)} are free:"
-            " lower --ctx, or take a smaller model"
+            f" {_remedy(plan)}"
         )
     if host.total > machine.available:
         return (
@@ -69,10 +69,16 @@ def impossible(plan: MemoryPlan, machine: Machine) -> str | None:
     settings = plan.settings
     return (
         f"with a context of {settings.n_ctx} tokens it needs {human_bytes(fixed)} {_what(plan)}, and this machine has"
-        f" {human_bytes(room)}, swap included: lower --ctx, or take a smaller model"
+        f" {human_bytes(room)}, swap included: {_remedy(plan)}"
     )
 
 
 def _what(plan: MemoryPlan) -> str:
     repacked = plan.host.repacked
     return f"({human_bytes(repacked)} of it weights)" if repacked else "beside the weights"
+
+
+def _remedy(plan: MemoryPlan, last: str = "take a smaller model") -> str:
+    """Say what takes less: rows of a KV cache first, where there are any."""
+    kv = ", keep fewer rows with --kv-budget" if plan.kv_per_layer else ""
+    return f"lower --ctx{kv}, or {last}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from ziggurat.runtime.bindings.context import ContextSettings
 from ziggurat.runtime.bindings.memory import BufferMemory
+from ziggurat.runtime.plan.budgets import BudgetMemory, budget_memory
 from ziggurat.runtime.plan.compute import compute_bytes, ubatch
 from ziggurat.runtime.plan.kv import check_cache_types, kv_bytes_per_layer, padded
 from ziggurat.runtime.plan.outline import Outline
@@ -51,10 +52,11 @@ class DeviceMemory:
 class MemoryPlan:
     """What a model and a context of these settings take, in bytes; ``devices`` begins with the host.
 
-    ``kv_per_layer`` holds the rows of all conversations together, empty for models without attention. ``measured``
-    says that the library was asked, ``weights_exact`` that the weights are a file's and not an estimate. Not counted:
-    the library's own objects, among them 52 bytes per cell of the cache, scratch memory of the CPU's threads, and pages
-    of the file that are read once and not needed again.
+    ``kv_per_layer`` holds the rows of all conversations together, empty for models without attention; with a KV budget,
+    whose parts are in ``budget``, what stays of prompts. ``measured`` says that the library was asked,
+    ``weights_exact`` that the weights are a file's and not an estimate. Not counted: the library's own objects, among
+    them 52 bytes per cell of the cache, scratch memory of the CPU's threads, and pages of the file that are read once
+    and not needed again.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class MemoryPlan:
     kv_exact: bool
     weights_exact: bool
     measured: bool
+    budget: BudgetMemory | None = None
 
     @property
     def weights(self) -> int:
@@ -72,7 +75,7 @@ class MemoryPlan:
 
     @property
     def context(self) -> int:
-        """Bytes of KV rows (and recurrent state, where it is known) on all devices."""
+        """Bytes of KV rows (and recurrent state, where it is known) on all devices, with a budget all of its parts."""
         return sum(device.context for device in self.devices)
 
     @property
@@ -116,11 +119,30 @@ class MemoryPlan:
             "kv_bytes": self.context,
             "kv_bytes_per_layer": list(self.kv_per_layer),
             "kv_exact": self.kv_exact,
+            "kv_budget": self._budget_json(),
             "compute_bytes": self.compute,
             "output_bytes": self.output,
             "total_bytes": self.total,
             "measured": self.measured,
             "devices": [{**dataclasses.asdict(device), "total": device.total} for device in self.devices],
+        }
+
+    def _budget_json(self) -> dict[str, Any] | None:
+        budget, kv = self.budget, self.settings.kv
+        if kv is None or budget is None:
+            return None
+        return {
+            "rows_per_layer": list(kv.rows),
+            "rows_allocated_per_layer": list(budget.capacity),
+            "score": kv.score,
+            "prefill": kv.prefill,
+            "layer_major": budget.layer_major,
+            "rows_bytes": sum(budget.rows),
+            "position_bytes": sum(budget.positions),
+            "query_bytes": sum(budget.queries),
+            "stage_bytes": budget.stage,
+            "hidden_bytes": budget.hidden,
+            "kv_bytes_full": budget.full,
         }
 
 
@@ -132,7 +154,8 @@ def plan_memory(model: Outline, settings: ContextSettings, *, gpu_layers: int = 
     """
     n_ctx = padded(settings.n_ctx)
     n_ubatch = ubatch(n_ctx, settings.n_seq_max, settings.n_batch, settings.n_ubatch)
-    per_layer = _kv(model, settings, n_ubatch)
+    budget = _budget(model, settings, n_ubatch)
+    per_layer = _kv(model, settings, n_ubatch, budget)
     compute = compute_bytes(
         model,
         n_ctx,
@@ -140,10 +163,12 @@ def plan_memory(model: Outline, settings: ContextSettings, *, gpu_layers: int = 
         n_ubatch,
         flash_attention=settings.flash_attention != "off",
         swa_full=settings.swa_full,
+        budget=budget,
     )
-    devices = [DeviceMemory(HOST, model.weights.total, sum(per_layer), compute, _output(model, settings))]
+    context = budget.total if budget is not None else sum(per_layer)
+    devices = [DeviceMemory(HOST, model.weights.total, context, compute, _output(model, settings))]
     if gpu_layers > 0:
-        devices = _split(model, devices[0], per_layer, gpu_layers)
+        devices = _split(model, devices[0], per_layer, gpu_layers, budget)
     return MemoryPlan(
         path=model.path,
         settings=settings,
@@ -152,6 +177,7 @@ def plan_memory(model: Outline, settings: ContextSettings, *, gpu_layers: int = 
         kv_exact=model.kv is None or model.kv.exact,
         weights_exact=model.weights.exact,
         measured=False,
+        budget=budget,
     )
 
 
@@ -166,21 +192,36 @@ def measured_plan(model: Outline, settings: ContextSettings, buffers: Iterable[B
         if buffer.device == HOST and buffer.buffer != HOST and not buffer.buffer.endswith("_Host"):
             sums[HOST]["repacked"] += buffer.weights
     devices = [DeviceMemory(name, **sizes) for name, sizes in sums.items()]
-    per_layer = _kv(model, settings, n_ubatch)
+    budget = _budget(model, settings, n_ubatch)
+    per_layer = _kv(model, settings, n_ubatch, budget)
+    context = sum(device.context for device in devices)
+    known, padding = (budget.total, budget.padding) if budget is not None else (sum(per_layer), 0)
     return MemoryPlan(
         path=model.path,
         settings=settings,
         devices=tuple(devices),
         kv_per_layer=per_layer,
-        kv_exact=sum(per_layer) == sum(device.context for device in devices),
+        kv_exact=0 <= context - known <= padding,
         weights_exact=True,
         measured=True,
+        budget=budget,
     )
 
 
-def _kv(model: Outline, settings: ContextSettings, n_ubatch: int) -> tuple[int, ...]:
+def _budget(model: Outline, settings: ContextSettings, n_ubatch: int) -> BudgetMemory | None:
+    if model.kv is None or settings.kv is None:
+        return None
+    check_cache_types(model.kv, settings.type_k, settings.type_v)
+    return budget_memory(model.kv, model.architecture, model.n_embd, settings, n_ubatch)
+
+
+def _kv(
+    model: Outline, settings: ContextSettings, n_ubatch: int, budget: BudgetMemory | None = None
+) -> tuple[int, ...]:
     if model.kv is None:
         return ()
+    if budget is not None:
+        return budget.kept_per_layer
     check_cache_types(model.kv, settings.type_k, settings.type_v)
     return kv_bytes_per_layer(
         model.kv,
@@ -199,14 +240,23 @@ def _output(model: Outline, settings: ContextSettings) -> int:
     return model.n_vocab * settings.n_seq_max * _F32
 
 
-def _split(model: Outline, all_of_it: DeviceMemory, per_layer: tuple[int, ...], gpu_layers: int) -> list[DeviceMemory]:
+def _split(
+    model: Outline,
+    all_of_it: DeviceMemory,
+    per_layer: tuple[int, ...],
+    gpu_layers: int,
+    budget: BudgetMemory | None,
+) -> list[DeviceMemory]:
     weights = model.weights
     n_layer = len(weights.layers)
     first = max(n_layer + 1 - gpu_layers, 0)
     on_gpu = weights.output + sum(weights.layers[first:])
     copy = weights.embedding if weights.tied else 0
     rows = sum(per_layer[first:])
+    # what is used while a prompt is read is needed wherever there are layers
+    reading = budget.reading if budget is not None and first < n_layer else 0
+    left = all_of_it.context - rows - (reading if first == 0 else 0)
     return [
-        dataclasses.replace(all_of_it, weights=all_of_it.weights - on_gpu, context=all_of_it.context - rows),
-        DeviceMemory(GPU, on_gpu + copy, rows, all_of_it.compute),
+        dataclasses.replace(all_of_it, weights=all_of_it.weights - on_gpu, context=left),
+        DeviceMemory(GPU, on_gpu + copy, rows + reading, all_of_it.compute),
     ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ziggurat.runtime.bindings import ContextSettings, Simulation, can_measure, supports_gpu_offload
+from ziggurat.runtime.bindings.kv import available as kv_budgets_available
 from ziggurat.runtime.gguf_file import read_gguf
+from ziggurat.runtime.kv_policy import KVPolicy
 from ziggurat.runtime.plan import fit
 from ziggurat.runtime.plan.checkpoint import checkpoint_outline
 from ziggurat.runtime.plan.kv import padded
@@ -24,21 +27,37 @@ _MAX_SIMULATED_ROWS = 2**22
 class Planner:
     """Makes plans for one model. ``simulation`` is the model opened in the library, None to plan by arithmetic.
 
-    ``gpu_layers``: as for ``plan_memory``; with a simulation it was given there.
+    ``gpu_layers``: as for ``plan_memory``; with a simulation it was given there. ``policy`` is what the KV cache keeps
+    of prompts as long as the context; None plans for what the settings of a plan say.
     """
 
-    def __init__(self, model: Outline, *, gpu_layers: int = 0, simulation: Simulation | None = None) -> None:
+    def __init__(
+        self,
+        model: Outline,
+        *,
+        gpu_layers: int = 0,
+        simulation: Simulation | None = None,
+        policy: KVPolicy | None = None,
+    ) -> None:
         self.model = model
         self._gpu_layers = gpu_layers
         self._simulation = simulation
+        self._policy = policy
 
     def plan(self, settings: ContextSettings) -> MemoryPlan:
         """Return the plan for a context.
 
         Raises UnsupportedError for cache types that do not fit the heads, ContextError when the library refuses.
         """
+        if self._policy is not None and self.model.kv is not None:
+            rows = self._policy.rows(self.model.kv.n_layer, settings.n_ctx)
+            settings = dataclasses.replace(settings, kv=self._policy.settings(rows))
         estimate = plan_memory(self.model, settings, gpu_layers=self._gpu_layers)
-        if self._simulation is None or padded(settings.n_ctx) * settings.n_seq_max > _MAX_SIMULATED_ROWS:
+        if (
+            self._simulation is None
+            or (settings.kv is not None and not kv_budgets_available())
+            or padded(settings.n_ctx) * settings.n_seq_max > _MAX_SIMULATED_ROWS
+        ):
             return estimate
         return measured_plan(self.model, settings, self._simulation.breakdown(settings))
 
@@ -58,25 +77,27 @@ def open_planner(
     gpu_layers: int | None = None,
     file_type: str | None = None,
     ask_library: bool = True,
+    policy: KVPolicy | None = None,
 ) -> Iterator[Planner]:
     """Open a GGUF file, or a checkpoint's folder or ``config.json``, for planning.
 
     ``gpu_layers`` None: all if the library has a GPU; without asking the library, none. ``file_type`` is what a
-    checkpoint will be converted to (default ``DEFAULT_FILE_TYPE``). The library is asked about GGUF files if it is
-    installed and patched. Raises what reading the file raises, ModelLoadError when the library does not take it.
+    checkpoint will be converted to (default ``DEFAULT_FILE_TYPE``). ``policy``: as for Planner. The library is asked
+    about GGUF files if it is installed and patched. Raises what reading the file raises, ModelLoadError when the
+    library does not take it.
     """
     path = Path(path)
     if path.is_dir() or path.suffix == ".json":
         model = checkpoint_outline(path, file_type or DEFAULT_FILE_TYPE)
-        yield Planner(model, gpu_layers=gpu_layers or 0)
+        yield Planner(model, gpu_layers=gpu_layers or 0, policy=policy)
         return
     model = outline(read_gguf(path))
     if ask_library and can_measure():
         layers = _default_gpu_layers(model) if gpu_layers is None else gpu_layers
         with Simulation(path, gpu_layers=gpu_layers) as simulation:
-            yield Planner(model, gpu_layers=layers, simulation=simulation)
+            yield Planner(model, gpu_layers=layers, simulation=simulation, policy=policy)
         return
-    yield Planner(model, gpu_layers=gpu_layers or 0)
+    yield Planner(model, gpu_layers=gpu_layers or 0, policy=policy)
 
 
 def _default_gpu_layers(model: Outline) -> int:

@@ -6,13 +6,20 @@ from pathlib import Path
 import pytest
 
 from helpers import tiny_models
-from ziggurat.runtime.bindings import Model
+from ziggurat.runtime.bindings import Model, kv
 from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def budgets() -> None:
+    """For tests of what the library does with KV budgets."""
+    if not kv.available():
+        pytest.skip("this llama.cpp has no KV budgets")
 
 
 @pytest.fixture(scope="session")

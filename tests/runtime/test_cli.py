@@ -17,7 +17,10 @@ import pytest
 
 from helpers.fake_engine import FakeEngine
 from ziggurat.runtime import cli, command_run
+from ziggurat.runtime.bindings import kv
+from ziggurat.runtime.bindings.library import PATCHED_REMEDY
 from ziggurat.runtime.engine import GenerationRequest
+from ziggurat.runtime.errors import LibraryError
 
 CONTRACT_STATS = {
     "prompt_tokens",
@@ -198,23 +201,38 @@ def test_every_flag_of_the_contract(ziggurat: Ziggurat, chat_path: Path, tmp_pat
     assert figures["kv_bytes"] == 256 * 2 * (34 + 18)
 
 
+@pytest.mark.parametrize("command", ["run", "eval", "plan"])
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "message"),
     [
-        "--kv-budget 512",
-        "--kv-budget 12%",
-        "--kv-policy pyramid",
-        "--kv-schedule uniform",
-        "--kv-score tova",
-        "--kv-window 16",
-        "--kv-sinks 4",
-        "--kv-prefill bounded",
+        ("--kv-policy pyramid", "--kv-policy: says how to keep a budget, and there is none; add --kv-budget"),
+        ("--kv-schedule uniform --kv-window 16", "--kv-schedule, --kv-window: says how to keep a budget"),
+        ("--kv-budget 512 --kv-policy none", "--kv-budget: --kv-policy none keeps every row"),
+        ("--kv-budget 20", "--kv-budget 20: has no room for the window (32) and the sinks (4): give at least 36"),
+        ("--kv-budget 512 --kv-policy h2o", "the score h2o (H2O (Zhang et al. 2023)) is not there yet; take one of"),
+        ("--kv-budget 9% --kv-score tova", "the score tova (TOVA (Oren et al. 2024)) is not there yet"),
+        ("--kv-budget many", "--kv-budget many: give a number of rows above 0, or a part of the prompt such as 12%"),
+        ("--kv-budget 99 --kv-window 0", "'--kv-window'"),
     ],
 )
-def test_budgets_are_refused_politely(ziggurat: Ziggurat, spm_path: Path, flags: str) -> None:
-    message = ziggurat.fails("run", spm_path, "a", *flags.split(), code=2)
-    assert flags.split()[0] in message
-    assert "this build keeps every KV row" in message
+def test_contradictions_about_the_cache_are_one_line(
+    ziggurat: Ziggurat, spm_path: Path, command: str, flags: str, message: str
+) -> None:
+    arguments = {"run": [spm_path, "a"], "eval": [spm_path, "--text", spm_path], "plan": [spm_path]}[command]
+    assert message in ziggurat.fails(command, *arguments, *flags.split(), code=2)
+
+
+@pytest.mark.parametrize("command", ["run", "eval"])
+def test_a_budget_with_a_library_that_has_none_names_the_remedy(
+    ziggurat: Ziggurat, spm_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise LibraryError(f"this llama.cpp keeps every KV row: {PATCHED_REMEDY}")
+
+    monkeypatch.setattr(kv, "require", missing)
+    rest = ["a", "--raw"] if command == "run" else ["--text", spm_path]
+    message = ziggurat.fails(command, spm_path, *rest, "--kv-budget", "12%", code=1)
+    assert "keeps every KV row: for KV budgets install the patched library: pip install" in message
 
 
 @pytest.mark.parametrize("budget", ["0", "-5", "101%", "many", "1.5", "%", "nan%"])

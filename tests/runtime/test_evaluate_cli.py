@@ -222,7 +222,6 @@ def test_bad_requests(run: Run, spm_path: Path, chat_path: Path, text: Path, tmp
     says("a fact needs {key} and {value}", chat_path, "--needle", "--needle-fact", "nothing")
     says("no {question}", spm_path, "--choices", text, "--choices-prompt", "x")
     says("text.txt: line 1 is not valid JSON", spm_path, "--choices", text)
-    says("--kv-budget", spm_path, "--text", text, "--kv-budget", "64")
 
 
 def test_cache_types_must_fit_model_and_reference(run: Run, chat_path: Path, text: Path, tmp_path: Path) -> None:

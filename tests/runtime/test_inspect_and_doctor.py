@@ -129,9 +129,10 @@ def test_doctor_reports_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> No
     assert (code, err, report["usable"]) == (0, "", True)
     assert report["library"]["patched"] == bindings.probe().patched
     assert report["library"]["devices"]
+    assert report["library"]["kv_budgets"] == bindings.kv.available()
     assert report["packages"]["gguf"]
     if not report["library"]["patched"]:
-        assert any("except convert" in problem["what"] for problem in report["problems"])
+        assert any("except convert and KV budgets" in problem["what"] for problem in report["problems"])
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert "llama.cpp" in out
@@ -147,6 +148,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, **library: Any) -> None:
         "devices": [],
         "features": {},
         "gpu_offload": False,
+        "kv_budgets": True,
         **library,
     }
     monkeypatch.setattr(command_doctor, "_library", lambda: (found, None))
@@ -168,6 +170,7 @@ def test_doctor_with_nothing_missing(capsys: pytest.CaptureFixture[str], monkeyp
     code, out, _ = run(capsys, "doctor")
     assert code == 0
     assert "patched (ziggurat 1)" in out
+    assert "KV budgets" in out
     assert "Nothing is missing." in out
 
 
@@ -190,6 +193,15 @@ def test_doctor_names_each_problem_and_its_remedy(
     gpus = [Gpu("a", "9.0", 2**30, 2**30), Gpu("b", "8.9", 2**30, 2**30)]
     monkeypatch.setattr(hardware, "nvidia_gpus", lambda: gpus)
     assert "ZIGGURAT_CUDA=89,90 pip" in run(capsys, "doctor")[1]
+
+
+def test_doctor_names_patches_without_budgets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend(monkeypatch, kv_budgets=False)
+    (problem,) = json.loads(run(capsys, "doctor", "--json")[1])["problems"]
+    assert problem["what"] == "these patches are too old for KV budgets"
+    assert problem["remedy"] == "pip install --force-reinstall ./patches"
 
 
 def test_doctor_without_a_library_fails_and_still_tells_the_rest(

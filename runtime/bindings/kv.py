@@ -1,0 +1,269 @@
+"""KV budgets: a bounded number of rows per layer, as the patched library keeps them.
+
+Mirrors ``ziggurat-kv.h``. A stock library has none of it: ``available`` says so, and everything else raises
+LibraryError with the remedy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ziggurat.runtime.bindings import library
+from ziggurat.runtime.errors import ContextError, InvalidRequestError, LibraryError
+
+if TYPE_CHECKING:
+    from ziggurat.runtime.bindings.model import Model
+
+#: Which rows stay.
+SCORES = {"snapkv": 0, "recent": 1, "random": 2}
+#: How prompts are read.
+PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2}
+#: How scores are pooled over neighbouring positions.
+POOLS = {"avg": 0, "max": 1}
+_MAX = 2**32 - 1
+_FIELD = "kv_budget"
+_FAILED = -2
+
+
+@dataclass(frozen=True)
+class KVSettings:
+    """A context's KV budget.
+
+    ``rows`` are those per KV head that each of the model's layers keeps after a prompt, the ``window`` last tokens and
+    the ``sinks`` first ones included; more than the context has mean all. The queries of the window observe: their
+    attention, pooled over ``pool`` positions (odd) by ``pool_type``, is the score snapkv. ``slack`` is how many rows a
+    layer has beyond, at least, for generated tokens. ``prefill`` exact selects once, after the whole prompt, layer by
+    layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
+    refuses the latter; chunked selects after every ubatch, which loses what only the prompt's end asks for. ``seed`` is
+    that of the score random.
+    """
+
+    rows: tuple[int, ...]
+    window: int = 32
+    sinks: int = 4
+    pool: int = 5
+    pool_type: str = "avg"
+    slack: int = 64
+    score: str = "snapkv"
+    prefill: str = "exact"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        for name, least in (("window", 1), ("sinks", 0), ("pool", 1), ("slack", 1), ("seed", 0)):
+            if not least <= getattr(self, name) <= _MAX:
+                raise InvalidRequestError(f"the KV budget's {name} is {getattr(self, name)}; it must be from {least}")
+        if self.pool % 2 == 0:
+            raise InvalidRequestError(f"the KV budget's pool is {self.pool}; it must be odd")
+        for name, known in (("pool_type", POOLS), ("score", SCORES), ("prefill", PREFILLS)):
+            if getattr(self, name) not in known:
+                raise InvalidRequestError(f"a KV budget has no {name} {getattr(self, name)!r}: {', '.join(known)}")
+        least = self.window + self.sinks
+        if not self.rows or not least <= min(self.rows) <= max(self.rows) <= _MAX:
+            raise InvalidRequestError(
+                f"a KV budget needs at least {least} rows in every layer, for the window and the sinks; this one has"
+                f" {min(self.rows, default=0)} in one"
+            )
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What a context with a budget has allocated for all its sequences, in bytes.
+
+    ``rows_bytes`` are K and V rows, ``position_bytes`` the positions of selected rows, ``query_bytes`` the queries of
+    each sequence's window. Used only while a prompt is read: ``stage_bytes``, ``stage_rows`` rows of one layer or, when
+    ``layer_major`` is False, of all of them, and ``hidden_bytes``, its hidden states between the layers.
+    """
+
+    rows_bytes: int
+    position_bytes: int
+    query_bytes: int
+    stage_bytes: int
+    hidden_bytes: int
+    stage_rows: int
+    layer_major: bool
+
+    @property
+    def kept_bytes(self) -> int:
+        """What stays after a prompt."""
+        return self.rows_bytes + self.position_bytes + self.query_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.kept_bytes + self.stage_bytes + self.hidden_bytes
+
+
+class _Params(ctypes.Structure):
+    """``struct ziggurat_kv_params``."""
+
+    _fields_ = [
+        ("n_layer", ctypes.c_uint32),
+        ("rows", ctypes.POINTER(ctypes.c_uint32)),
+        ("window", ctypes.c_uint32),
+        ("sinks", ctypes.c_uint32),
+        ("pool", ctypes.c_uint32),
+        ("pool_type", ctypes.c_int32),
+        ("slack", ctypes.c_uint32),
+        ("score", ctypes.c_int32),
+        ("prefill", ctypes.c_int32),
+        ("seed", ctypes.c_uint32),
+    ]
+
+
+class _Layout(ctypes.Structure):
+    """``struct ziggurat_kv_layout``."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("rows", "positions", "queries", "stage", "hidden")),
+        ("stage_rows", ctypes.c_uint32),
+        ("layer_major", ctypes.c_uint32),
+    ]
+
+
+def available() -> bool:
+    """Whether the library has budgets: it is installed, patched, and recent enough. Never raises."""
+    try:
+        return _has_budgets(library.api())
+    except LibraryError:
+        return False
+
+
+def require() -> None:
+    """Raise LibraryError, with the remedy in it, unless the library has budgets."""
+    _functions()
+
+
+def _has_budgets(lib: Any) -> bool:
+    # the field as well: the struct travels by value, and a binding without it would pass too short a one
+    return hasattr(lib._lib, "ziggurat_kv_unsupported") and hasattr(lib.llama_context_default_params(), _FIELD)
+
+
+@lru_cache(maxsize=1)
+def _functions() -> dict[str, Any]:
+    lib = library.api()
+    if not _has_budgets(lib):
+        raise LibraryError(f"this llama.cpp keeps every KV row: {library.PATCHED_REMEDY}")
+    pointer, i32, size, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_size_t, ctypes.c_char_p
+    u32s, i32s = ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_int32)
+    signatures: dict[str, tuple[Any, ...]] = {
+        "unsupported": (text, pointer),
+        "active": (ctypes.c_bool, pointer),
+        "refusal": (text, pointer),
+        "get_layout": (i32, pointer, ctypes.POINTER(_Layout)),
+        "capacity": (i32, pointer, u32s, size),
+        "rows": (i32, pointer, i32, u32s, size),
+        "positions": (i32, pointer, i32, i32, i32s, size),
+        "set_budget": (i32, pointer, i32, u32s, size),
+        "select": (i32, pointer, i32),
+    }
+    return {name: library.function(lib, f"ziggurat_kv_{name}", *types) for name, types in signatures.items()}
+
+
+def unsupported(model: Model) -> str | None:
+    """Return why a model cannot have a budget, None if it can. Raises LibraryError with a stock library."""
+    reason: bytes | None = _functions()["unsupported"](model.handle)
+    return None if reason is None else library.text(reason)
+
+
+def fill(params: Any, settings: KVSettings) -> object:
+    """Point the context parameters at a budget; what is returned has to live until the context is made.
+
+    Raises LibraryError with a stock library.
+    """
+    require()
+    rows = (ctypes.c_uint32 * len(settings.rows))(*settings.rows)
+    native = _Params(
+        n_layer=len(settings.rows),
+        rows=rows,
+        window=settings.window,
+        sinks=settings.sinks,
+        pool=settings.pool,
+        pool_type=POOLS[settings.pool_type],
+        slack=settings.slack,
+        score=SCORES[settings.score],
+        prefill=PREFILLS[settings.prefill],
+        seed=settings.seed,
+    )
+    setattr(params, _FIELD, ctypes.addressof(native))
+    return native, rows
+
+
+class Cache:
+    """The questions that a context with a budget answers, and the two things it can be told. ``handle`` is its own."""
+
+    def __init__(self, handle: Any, n_layer: int) -> None:
+        self._handle, self._n_layer = handle, n_layer
+        self._call = _functions()
+
+    @property
+    def active(self) -> bool:
+        """Whether the context got the budget; False when the model cannot have one."""
+        return bool(self._call["active"](self._handle))
+
+    def refusal(self) -> str:
+        """Why the last call on the cache was refused; empty when it was not."""
+        return library.text(self._call["refusal"](self._handle))
+
+    def layout(self) -> KVLayout:
+        """What is allocated."""
+        found = _Layout()
+        if self._call["get_layout"](self._handle, ctypes.byref(found)) < 0:
+            raise LibraryError("the library does not say what the KV budget takes")
+        return KVLayout(
+            rows_bytes=found.rows,
+            position_bytes=found.positions,
+            query_bytes=found.queries,
+            stage_bytes=found.stage,
+            hidden_bytes=found.hidden,
+            stage_rows=found.stage_rows,
+            layer_major=bool(found.layer_major),
+        )
+
+    def capacity(self) -> tuple[int, ...]:
+        """Rows allocated per layer and sequence."""
+        return self._per_layer("capacity")
+
+    def rows(self, sequence: int) -> tuple[int, ...]:
+        """Rows in use per layer."""
+        return self._per_layer("rows", sequence)
+
+    def _per_layer(self, name: str, *arguments: int) -> tuple[int, ...]:
+        rows = (ctypes.c_uint32 * self._n_layer)()
+        count = self._call[name](self._handle, *arguments, rows, self._n_layer)
+        if count != self._n_layer:
+            raise LibraryError(f"the library counts the KV {name} of {count} layers, the model has {self._n_layer}")
+        return tuple(rows)
+
+    def positions(self, sequence: int, layer: int) -> Any:
+        """Positions of the rows of one layer, ascending: int32 of shape (KV heads, rows in use)."""
+        import numpy as np
+
+        count = self._call["positions"](self._handle, sequence, layer, None, 0)
+        if count < 0:
+            raise InvalidRequestError(f"sequence {sequence} has no layer {layer} whose rows could be told")
+        found = np.empty(count, np.int32)
+        pointer = found.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        if self._call["positions"](self._handle, sequence, layer, pointer, count) != count:
+            raise LibraryError(f"the library does not say which rows layer {layer} keeps")
+        return found.reshape(-1, max(1, self.rows(sequence)[layer]))
+
+    def set_budget(self, sequence: int, rows: Sequence[int] | None) -> None:
+        """Give one sequence a budget of its own, None for the context's again."""
+        array = None if rows is None else (ctypes.c_uint32 * len(rows))(*rows)
+        status = self._call["set_budget"](self._handle, sequence, array, 0 if rows is None else len(rows))
+        if status != 0:
+            raise InvalidRequestError(self.refusal() or f"sequence {sequence} cannot have the budget {rows}")
+
+    def select(self, sequence: int) -> int:
+        """Bring every layer down to its budget now; return how many layers were above it."""
+        count = int(self._call["select"](self._handle, sequence))
+        if count == _FAILED:
+            raise ContextError(f"selecting rows failed, and sequence {sequence} is empty now")
+        if count < 0:
+            raise ContextError(self.refusal() or f"sequence {sequence} cannot be selected from")
+        return count

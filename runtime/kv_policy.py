@@ -1,0 +1,135 @@
+"""What a person asks of the KV cache, and what that is for a given model, context and prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ziggurat.runtime.bindings.kv import KVSettings
+from ziggurat.runtime.budget import (
+    PRESETS,
+    SINKS,
+    WINDOW,
+    Budget,
+    Pyramid,
+    Schedule,
+    Uniform,
+    allocate,
+    check_score,
+    parse_budget,
+    schedule_named,
+)
+from ziggurat.runtime.errors import InvalidRequestError
+
+#: The preset taken when a budget is given and none is named, and the name for no budget.
+DEFAULT_PRESET, NO_BUDGET = "pyramid", "none"
+_LIBRARY_ROWS = 256  # rows of a context are allocated in such steps
+
+
+@dataclass(frozen=True)
+class KVPolicy:
+    """A budget with its schedule (how many rows each layer keeps) and score (which); see ``KVSettings`` for the rest.
+
+    A part of the prompt that has no room for window and sinks is raised to them; a number of rows that has none is
+    refused with InvalidRequestError.
+    """
+
+    budget: Budget
+    schedule: Schedule = field(default_factory=Pyramid)
+    score: str = "snapkv"
+    window: int = WINDOW
+    sinks: int = SINKS
+    pool: int = 5
+    pool_type: str = "avg"
+    slack: int = 64
+    prefill: str = "exact"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_score(self.score)
+        least = self.window + self.sinks
+        if self.budget.rows is not None and self.budget.rows < least:
+            raise InvalidRequestError(
+                f"--kv-budget {self.budget.rows}: has no room for the window ({self.window}) and the sinks"
+                f" ({self.sinks}): give at least {least} rows, or a smaller --kv-window"
+            )
+
+    @property
+    def varies(self) -> bool:
+        """Whether prompts of different lengths get different rows."""
+        return self.budget.percent is not None or not isinstance(self.schedule, Uniform)
+
+    def rows(self, layers: int, n_ctx: int, prompt_tokens: int | None = None) -> tuple[int, ...]:
+        """Return the rows that each layer keeps of a prompt, by default the longest that the context takes."""
+        context = max(-(-n_ctx // _LIBRARY_ROWS) * _LIBRARY_ROWS, self.window + self.sinks)
+        tokens = min(prompt_tokens or n_ctx, n_ctx)
+        total = max(self.budget.total(layers, tokens), layers * (self.window + self.sinks))
+        return tuple(
+            allocate(
+                total,
+                layers,
+                schedule=self.schedule,
+                window=self.window,
+                sinks=self.sinks,
+                prompt_tokens=tokens,
+                context=context,
+            )
+        )
+
+    def settings(self, rows: tuple[int, ...]) -> KVSettings:
+        """Return what a context is made with, to keep these rows."""
+        return KVSettings(
+            rows=rows,
+            window=self.window,
+            sinks=self.sinks,
+            pool=self.pool,
+            pool_type=self.pool_type,
+            slack=self.slack,
+            score=self.score,
+            prefill=self.prefill,
+            seed=self.seed,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as reports have it."""
+        names = ("score", "window", "sinks", "pool", "pool_type", "slack", "prefill", "seed")
+        return {
+            "budget": str(self.budget),
+            "schedule": self.schedule.method.name,
+            **{name: getattr(self, name) for name in names},
+        }
+
+
+def policy_of(options: Mapping[str, Any]) -> KVPolicy | None:
+    """Return what the ``--kv-*`` options ask for, None for a cache that keeps every row.
+
+    ``options`` are values by parameter name, None where not given. Raises InvalidRequestError for contradictions and
+    UnsupportedError for methods that are not there yet.
+    """
+    given = {name: options[name] for name in _OPTIONS if options.get(name) is not None}
+    amount, preset = given.pop("kv_budget", None), given.pop("kv_policy", None)
+    if amount is None or preset == NO_BUDGET:
+        _check_no_budget(amount, preset, given)
+        return None
+    parsed = parse_budget(amount)
+    chosen = PRESETS[preset or DEFAULT_PRESET]
+    score = given.pop("kv_score", chosen.score)
+    schedule = schedule_named(given.pop("kv_schedule", chosen.schedule))
+    return KVPolicy(parsed, schedule, score, **{name.removeprefix("kv_"): value for name, value in given.items()})
+
+
+_OPTIONS = ("kv_budget", "kv_policy", "kv_schedule", "kv_score", "kv_window", "kv_sinks", "kv_prefill")
+
+
+def _check_no_budget(amount: str | None, preset: str | None, others: Mapping[str, Any]) -> None:
+    """Refuse options that say how to keep rows when all are kept."""
+    keeps_all = preset == NO_BUDGET
+    asked = {"kv_budget": amount} if keeps_all else {"kv_policy": preset}
+    flags = ", ".join(
+        "--" + name.replace("_", "-") for name, value in (asked | dict(others)).items() if value is not None
+    )
+    if flags and keeps_all:
+        raise InvalidRequestError(f"{flags}: --kv-policy none keeps every row; leave out one or the other")
+    if flags:
+        raise InvalidRequestError(f"{flags}: says how to keep a budget, and there is none; add --kv-budget ROWS or N%")

@@ -1,0 +1,113 @@
+"""What a KV budget takes: arithmetic over the formulas of the patched library's cache (``ziggurat-kv-cache.cpp``).
+
+Rows are allocated per layer, with room for generated tokens, and beside them what selecting needs: positions of the
+rows that were selected, per KV head, and the queries of each sequence's window. While a prompt is read it lies in the
+stage, which holds one layer, with its hidden states between the layers; models whose graph is not cut into layers get a
+lane instead, a full cache for one prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ziggurat.runtime.bindings.context import ContextSettings
+from ziggurat.runtime.bindings.kv import KVSettings
+from ziggurat.runtime.plan.kv import KVShape, bytes_per_token, padded
+
+#: Architectures whose prompts are read layer by layer.
+LAYER_MAJOR = frozenset({"llama", "phi3", "qwen2", "qwen3", "qwen3moe"})
+_POSITION, _HIDDEN = 4, 4
+_ALIGNMENT = 128  # no backend that is known aligns tensors to more
+
+
+@dataclass(frozen=True)
+class BudgetMemory:
+    """Bytes that a context with a budget takes, of all its sequences together; see ``KVLayout`` for the parts.
+
+    ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions`` and ``queries`` bytes by layer.
+    ``full`` is what the stock library takes for the same context.
+    """
+
+    capacity: tuple[int, ...]
+    rows: tuple[int, ...]
+    positions: tuple[int, ...]
+    queries: tuple[int, ...]
+    stage: int
+    stage_rows: int
+    hidden: int
+    layer_major: bool
+    full: int
+
+    @property
+    def kept_per_layer(self) -> tuple[int, ...]:
+        """What stays after a prompt, by layer."""
+        return tuple(sum(parts) for parts in zip(self.rows, self.positions, self.queries, strict=True))
+
+    @property
+    def kept(self) -> int:
+        """What stays after a prompt."""
+        return sum(self.kept_per_layer)
+
+    @property
+    def reading(self) -> int:
+        """What is used only while a prompt is read."""
+        return self.stage + self.hidden
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.kept + self.reading
+
+    @property
+    def padding(self) -> int:
+        """The most that the alignment of tensors adds to it."""
+        return _ALIGNMENT * (6 * len(self.capacity) + 1)
+
+
+def takes_budget(shape: KVShape) -> bool:
+    """Whether a model can have a budget as far as its metadata tells: plain rows, and layers that see everything."""
+    return shape.exact and not any(shape.window)
+
+
+def budget_memory(
+    shape: KVShape, architecture: str, n_embd: int, settings: ContextSettings, n_ubatch: int
+) -> BudgetMemory | None:
+    """Return what the budget of ``settings`` takes; None when there is none, or the model cannot have it.
+
+    ``n_ubatch`` as the library limits it. Raises UnsupportedError for cache types whose blocks do not divide a row.
+    """
+    kv = settings.kv
+    if kv is None or not takes_budget(shape):
+        return None
+    n_seq, full = settings.n_seq_max, padded(settings.n_ctx)
+    per_row = bytes_per_token(shape, settings.type_k, settings.type_v)
+    stock = bytes_per_token(shape, settings.type_k, settings.type_v, flash_attention=settings.flash_attention != "off")
+    capacity = row_capacity(kv, full)
+    evicts = any(rows < full for rows in kv.rows)
+    layers = range(shape.n_layer)
+    positions = [min(kv.rows[layer], full) * shape.n_head_kv[layer] * _POSITION for layer in layers]
+    query_value = 4 if settings.type_k == "f32" else 2
+    queries = [kv.window * heads * shape.key_length * query_value for heads in shape.n_head]
+    layer_major = architecture in LAYER_MAJOR
+    stage_rows, hidden_tokens = full, full
+    if kv.prefill == "chunked":
+        stage_rows, hidden_tokens = padded(max(capacity) + n_ubatch), n_ubatch
+    none = (0,) * shape.n_layer
+    return BudgetMemory(
+        capacity=capacity,
+        rows=tuple(n_seq * rows * size for rows, size in zip(capacity, per_row, strict=True)),
+        positions=tuple(n_seq * size for size in positions) if evicts else none,
+        queries=tuple(n_seq * size for size in queries) if evicts and kv.score == "snapkv" else none,
+        stage=stage_rows * (max(per_row) if layer_major else sum(per_row)) if evicts else 0,
+        stage_rows=stage_rows if evicts else 0,
+        hidden=n_embd * hidden_tokens * _HIDDEN if evicts and layer_major else 0,
+        layer_major=layer_major,
+        full=n_seq * full * sum(stock),
+    )
+
+
+def row_capacity(kv: KVSettings, full: int) -> tuple[int, ...]:
+    """Rows allocated per layer and sequence of a context of ``full`` rows, as the library rounds them up."""
+    if all(rows >= full for rows in kv.rows):
+        return (full,) * len(kv.rows)
+    return tuple(padded(min(rows, full) + kv.slack) for rows in kv.rows)
