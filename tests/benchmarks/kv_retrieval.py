@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     shares = [float(share) for share in options.shares.split(",")]
     policies = [policy for policy in options.policies.split(",") if policy]
     with Model(options.model) as model:
-        frame = template_frame(model.vocab, model.chat_template())
+        frame = template_frame(model.vocab, model.chat_template)
         writer = TextNeedles(model.vocab, TEXT, frame, Wording(), answer_tokens=ANSWER_TOKENS)
         for length in map(int, options.lengths.split(",")):
             needles = list(grid(writer, [length], DEPTHS, [options.facts], options.trials, options.seed))

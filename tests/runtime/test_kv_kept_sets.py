@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -18,19 +16,8 @@ TIE, FLASH_TIE = 1e-4, 1e-3
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("kv"))
-
-
-@pytest.fixture(scope="module")
-def gqa(files: Models) -> Iterator[BudgetModel]:
-    with BudgetModel(files["gqa"]) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def weights(files: Models) -> Weights:
-    return Weights(files["gqa"])
+def weights(kv_files: Models) -> Weights:
+    return Weights(kv_files["gqa"])
 
 
 def follow(reference: ReferenceSequence, context: BudgetContext, tie: float = TIE, sequence: int = 0) -> None:
@@ -57,11 +44,11 @@ def same(a: list[Ints], b: list[Ints]) -> bool:
     ("shape", "ubatch"),
     [("gqa", 1), ("gqa", 32), ("gqa", 512), ("gqa", None), ("mha", 32), ("mqa", 32), ("uneven", 32), ("head_32", 96)],
 )
-def test_kept_rows_are_the_references(files: Models, shape: str, ubatch: int | None, flash: bool) -> None:
+def test_kept_rows_are_the_references(kv_files: Models, shape: str, ubatch: int | None, flash: bool) -> None:
     budget = Budget(ROWS[: SHAPES[shape].n_layer])
-    reference = ReferenceSequence(Weights(files[shape]), budget)
+    reference = ReferenceSequence(Weights(kv_files[shape]), budget)
     reference.read(tokens(LENGTH))
-    with BudgetModel(files[shape]) as model, model.context(1024, budget, ubatch=ubatch, flash=flash) as context:
+    with BudgetModel(kv_files[shape]) as model, model.context(1024, budget, ubatch=ubatch, flash=flash) as context:
         context.read(tokens(LENGTH))
         for layer in range(len(budget.rows)):
             swaps = reference.swaps(layer, context.positions(layer), FLASH_TIE if flash else TIE)
@@ -79,10 +66,10 @@ def test_kept_rows_are_the_references(files: Models, shape: str, ubatch: int | N
     ids=str,
 )
 @pytest.mark.parametrize("shape", ["head_32", "wide"])
-def test_batch_size_does_not_matter(files: Models, shape: str, options: dict[str, object]) -> None:
+def test_batch_size_does_not_matter(kv_files: Models, shape: str, options: dict[str, object]) -> None:
     """Also for rows of fewer bits, where another order of sums moves scores further."""
     budget = Budget((40, 24))
-    with BudgetModel(files[shape]) as model:
+    with BudgetModel(kv_files[shape]) as model:
         sets = [kept_of(model, tokens(300), budget, 512, ubatch=ubatch, **options) for ubatch in (None, 256, 32, 1)]
     for other in sets[1:]:
         for a, b in zip(sets[0], other, strict=True):
@@ -106,33 +93,33 @@ def test_batch_size_does_not_matter(files: Models, shape: str, options: dict[str
     ids=lambda b: f"{b.rows}-w{b.window}-s{b.sinks}-{b.pool}{b.pool_type}",
 )
 @pytest.mark.parametrize("ubatch", [48, None])
-def test_every_setting(gqa: BudgetModel, weights: Weights, budget: Budget, ubatch: int | None) -> None:
+def test_every_setting(kv_model: BudgetModel, weights: Weights, budget: Budget, ubatch: int | None) -> None:
     reference = ReferenceSequence(weights, budget)
     reference.read(tokens(LENGTH, 1))
-    with gqa.context(1024, budget, ubatch=ubatch) as context:
+    with kv_model.context(1024, budget, ubatch=ubatch) as context:
         context.read(tokens(LENGTH, 1))
         follow(reference, context)
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 24, 25, 33, 41, 65, 257])
-def test_short_prompts_and_last_chunks(gqa: BudgetModel, weights: Weights, length: int) -> None:
+def test_short_prompts_and_last_chunks(kv_model: BudgetModel, weights: Weights, length: int) -> None:
     """Prompts below the window, at a budget, one above it; last chunks of one token and of less than the window."""
     budget = Budget(ROWS)
     for ubatch in (5, 32, None):
         reference = ReferenceSequence(weights, budget)
         reference.read(tokens(length, 2))
-        with gqa.context(512, budget, ubatch=ubatch) as context:
+        with kv_model.context(512, budget, ubatch=ubatch) as context:
             context.read(tokens(length, 2))
             assert context.rows() == tuple(min(length, rows) for rows in ROWS)
             follow(reference, context)
 
 
 @pytest.mark.parametrize("ubatch", [32, None])
-def test_turns_continue_on_the_kept_rows(gqa: BudgetModel, weights: Weights, ubatch: int | None) -> None:
+def test_turns_continue_on_the_kept_rows(kv_model: BudgetModel, weights: Weights, ubatch: int | None) -> None:
     """A second prompt, one shorter than the window, one of a single token too many, and a long one."""
     budget = Budget(ROWS)
     reference = ReferenceSequence(weights, budget)
-    with gqa.context(1024, budget, ubatch=ubatch) as context:
+    with kv_model.context(1024, budget, ubatch=ubatch) as context:
         for turn, length in enumerate((300, 120, 3, 25, 500)):
             reference.read(tokens(length, turn))
             context.read(tokens(length, turn))
@@ -140,13 +127,13 @@ def test_turns_continue_on_the_kept_rows(gqa: BudgetModel, weights: Weights, uba
         assert context.last() == 300 + 120 + 3 + 25 + 500 - 1
 
 
-def test_generation_selects_when_a_layer_is_full(gqa: BudgetModel, weights: Weights) -> None:
+def test_generation_selects_when_a_layer_is_full(kv_model: BudgetModel, weights: Weights) -> None:
     """By the queries of the last tokens, which were generated; endlessly, far beyond the context."""
     budget = Budget(ROWS, slack=0)
     reference = ReferenceSequence(weights, budget)
     reference.read(tokens(200))
     selections = 0
-    with gqa.context(256, budget, ubatch=64) as context:
+    with kv_model.context(256, budget, ubatch=64) as context:
         capacity = context.capacity()
         context.read(tokens(200))
         follow(reference, context)
@@ -168,10 +155,10 @@ def test_generation_selects_when_a_layer_is_full(gqa: BudgetModel, weights: Weig
     assert reference.n == 800
 
 
-def test_selecting_on_request(gqa: BudgetModel, weights: Weights) -> None:
+def test_selecting_on_request(kv_model: BudgetModel, weights: Weights) -> None:
     budget = Budget(ROWS)
     reference = ReferenceSequence(weights, budget)
-    with gqa.context(512, budget, ubatch=64) as context:
+    with kv_model.context(512, budget, ubatch=64) as context:
         context.read(tokens(30))
         assert context.rows() == (30, 30, 24)
         reference.read(tokens(30))
@@ -186,10 +173,10 @@ def test_selecting_on_request(gqa: BudgetModel, weights: Weights) -> None:
         assert context.select() == 0
 
 
-def test_a_sequence_with_a_budget_of_its_own(gqa: BudgetModel, weights: Weights) -> None:
+def test_a_sequence_with_a_budget_of_its_own(kv_model: BudgetModel, weights: Weights) -> None:
     budget, own = Budget(ROWS), Budget((20, 64, 12))
     reference, other = ReferenceSequence(weights, own), ReferenceSequence(weights, budget)
-    with gqa.context(512, budget, n_seq=2) as context:
+    with kv_model.context(512, budget, n_seq=2) as context:
         assert context.set_budget(0, own.rows) == 0
         for sequence, expected in ((0, reference), (1, other)):
             context.read(tokens(300), sequence)
@@ -203,16 +190,16 @@ def test_a_sequence_with_a_budget_of_its_own(gqa: BudgetModel, weights: Weights)
             assert context.set_budget(sequence, rows) != 0
 
 
-def test_recent_rows(gqa: BudgetModel) -> None:
+def test_recent_rows(kv_model: BudgetModel) -> None:
     budget = Budget(ROWS, score="recent", sinks=4)
     for ubatch in (32, None):
-        for kept, rows in zip(kept_of(gqa, tokens(LENGTH), budget, ubatch=ubatch), ROWS, strict=True):
+        for kept, rows in zip(kept_of(kv_model, tokens(LENGTH), budget, ubatch=ubatch), ROWS, strict=True):
             assert (kept == np.r_[:4, LENGTH - rows + 4 : LENGTH]).all()
 
 
-def test_random_rows(gqa: BudgetModel) -> None:
+def test_random_rows(kv_model: BudgetModel) -> None:
     budget = Budget(ROWS, score="random", seed=1)
-    sets = kept_of(gqa, tokens(LENGTH), budget, ubatch=32)
+    sets = kept_of(kv_model, tokens(LENGTH), budget, ubatch=32)
     for kept, rows in zip(sets, ROWS, strict=True):
         assert kept.shape == (2, rows)
         assert (np.diff(kept, axis=1) > 0).all()
@@ -220,17 +207,17 @@ def test_random_rows(gqa: BudgetModel) -> None:
         assert (kept[:, -8:] == np.arange(LENGTH - 8, LENGTH)).all()
         between = kept[:, 2:-8].ravel()
         assert abs(between.mean() - LENGTH / 2) < 150  # 5 deviations for 28 of them
-    assert same(sets, kept_of(gqa, tokens(LENGTH), budget, ubatch=None))
-    assert not same(sets, kept_of(gqa, tokens(LENGTH), Budget(ROWS, score="random", seed=2)))
+    assert same(sets, kept_of(kv_model, tokens(LENGTH), budget, ubatch=None))
+    assert not same(sets, kept_of(kv_model, tokens(LENGTH), Budget(ROWS, score="random", seed=2)))
 
 
-def test_chunked_selects_after_every_ubatch(gqa: BudgetModel, weights: Weights) -> None:
+def test_chunked_selects_after_every_ubatch(kv_model: BudgetModel, weights: Weights) -> None:
     budget = Budget(ROWS, prefill="chunked")
     reference = ReferenceSequence(weights, budget)
     exact = ReferenceSequence(weights, budget)
     prompt = tokens(512)
     exact.read(prompt)
-    with gqa.context(1024, budget, ubatch=128) as context:
+    with kv_model.context(1024, budget, ubatch=128) as context:
         context.read(prompt)
         for start in range(0, 512, 128):
             reference.read(prompt[start : start + 128])
@@ -241,15 +228,15 @@ def test_chunked_selects_after_every_ubatch(gqa: BudgetModel, weights: Weights) 
     assert any(not np.array_equal(exact.wanted(layer), kept[layer]) for layer in range(3))
 
 
-def test_two_prompts_one_after_the_other(gqa: BudgetModel) -> None:
+def test_two_prompts_one_after_the_other(kv_model: BudgetModel) -> None:
     """Nothing of the first stays behind."""
     budget = Budget(ROWS)
-    with gqa.context(1024, budget, ubatch=64) as context:
+    with kv_model.context(1024, budget, ubatch=64) as context:
         context.read(tokens(LENGTH, 5))
         assert context.remove(0)
         assert context.rows() == (0, 0, 0)
         logits = context.read(tokens(333, 6))
         kept = context.kept()
-    with gqa.context(1024, budget, ubatch=64) as context:
+    with kv_model.context(1024, budget, ubatch=64) as context:
         assert np.array_equal(context.read(tokens(333, 6)), logits)
         assert same(context.kept(), kept)

@@ -25,19 +25,8 @@ KINDS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("kv"))
-
-
-@pytest.fixture(scope="module")
-def gqa(files: Models) -> Iterator[BudgetModel]:
-    with BudgetModel(files["gqa"]) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def wide(files: Models) -> Iterator[BudgetModel]:
-    with BudgetModel(files["wide"]) as model:
+def wide(kv_files: Models) -> Iterator[BudgetModel]:
+    with BudgetModel(kv_files["wide"]) as model:
         yield model
 
 
@@ -92,12 +81,12 @@ def test_prompt_logits_do_not_feel_the_eviction(wide: BudgetModel, ubatch: int |
 
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("shape", ["gqa", "mha", "mqa", "uneven"])
-def test_logits_after_eviction_are_those_of_masked_rows(files: Models, shape: str, flash: bool) -> None:
+def test_logits_after_eviction_are_those_of_masked_rows(kv_files: Models, shape: str, flash: bool) -> None:
     """Single steps and a second prompt over the kept rows of every head."""
     budget = Budget(ROWS)
-    reference = ReferenceSequence(Weights(files[shape]), budget)
+    reference = ReferenceSequence(Weights(kv_files[shape]), budget)
     full = ReferenceSequence(reference.w)
-    with BudgetModel(files[shape]) as model, model.context(512, budget, ubatch=64, flash=flash) as context:
+    with BudgetModel(kv_files[shape]) as model, model.context(512, budget, ubatch=64, flash=flash) as context:
         assert nmse(context.read(tokens(300), every=True), reference.read(tokens(300)).astype(np.float32)) < 1e-6
         full.read(tokens(300))
         reference.select(context.kept())
@@ -114,10 +103,10 @@ def test_logits_after_eviction_are_those_of_masked_rows(files: Models, shape: st
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("shape", ["head_32", "wide"])
 @pytest.mark.parametrize("ubatch", [32, None])
-def test_rows_are_moved_as_they_are(files: Models, shape: str, ubatch: int | None, kind: dict[str, Any]) -> None:
+def test_rows_are_moved_as_they_are(kv_files: Models, shape: str, ubatch: int | None, kind: dict[str, Any]) -> None:
     """The latest rows and the sinks, against the library without budget that forgets all others."""
     budget = Budget((40, 40), sinks=4, score="recent")
-    with BudgetModel(files[shape]) as model:
+    with BudgetModel(kv_files[shape]) as model:
         options = {**kind, "ubatch": ubatch}
         with model.context(512, budget, **options) as context, model.context(512, **options) as stock:
             context.read(tokens(300))
@@ -144,8 +133,8 @@ def test_scored_rows_are_moved_as_they_are(tmp_path_factory: pytest.TempPathFact
                 assert nmse(context.read([token]), stock.read([token])) < 1e-7
 
 
-def test_off_is_off(gqa: BudgetModel) -> None:
-    with gqa.context(512) as context:
+def test_off_is_off(kv_model: BudgetModel) -> None:
+    with kv_model.context(512) as context:
         assert not context.active
         assert context.layout() is None
         assert context.capacity() == context.rows() == ()

@@ -193,8 +193,8 @@ class Schedule(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("ubatch", [16, None])
-def test_random_schedules(ubatch: int | None, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = Models(tmp_path_factory.mktemp("kv"))["uneven"]
+def test_random_schedules(ubatch: int | None, kv_files: Models) -> None:
+    path = kv_files["uneven"]
 
     class OfThisModel(Schedule):
         pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,6 @@ ROWS = (40, 64, 24)
 BUDGET = Budget(ROWS)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("kv"))
-
-
-@pytest.fixture(scope="module")
-def model(files: Models) -> Iterator[BudgetModel]:
-    with BudgetModel(files["gqa"]) as loaded:
-        yield loaded
-
-
 def prompt(sequence: int) -> list[int]:
     """Of every length: below all budgets, between them, above."""
     return tokens((300, 20, 150, 50, 410, 7, 90, 64)[sequence % 8], 100 + sequence)
@@ -37,16 +26,16 @@ def state(context: BudgetContext, sequence: int) -> tuple[int, tuple[int, ...], 
     return context.last(sequence), context.rows(sequence), [kept.tolist() for kept in context.kept(sequence)]
 
 
-def alone(model: BudgetModel, sequence: int, steps: list[int], **options: Any) -> tuple[list[Floats], list[Ints]]:
+def alone(kv_model: BudgetModel, sequence: int, steps: list[int], **options: Any) -> tuple[list[Floats], list[Ints]]:
     """A sequence's prompt and single steps in a context of its own."""
-    with model.context(512, BUDGET, **options) as context:
+    with kv_model.context(512, BUDGET, **options) as context:
         logits = [context.read(prompt(sequence))]
         logits += [context.read([token]) for token in steps]
         return logits, context.kept()
 
 
 @pytest.mark.parametrize("flash", [False, True])
-def test_eight_interleaved_sequences_are_eight_separate_ones(model: BudgetModel, flash: bool) -> None:
+def test_eight_interleaved_sequences_are_eight_separate_ones(kv_model: BudgetModel, flash: bool) -> None:
     """One starts in every batch while the others go on; after its last step each has the logits and rows it has alone.
 
     Steps of several sequences in one batch may be computed by other kernels, hence a tolerance; no score is nearer to
@@ -55,7 +44,7 @@ def test_eight_interleaved_sequences_are_eight_separate_ones(model: BudgetModel,
     options: dict[str, Any] = {"flash": flash, "ubatch": 64}
     steps = {sequence: tokens(20 - sequence, 200 + sequence) for sequence in range(8)}
     got: dict[int, list[Floats]] = {sequence: [] for sequence in range(8)}
-    with model.context(512, BUDGET, n_seq=8, **options) as context:
+    with kv_model.context(512, BUDGET, n_seq=8, **options) as context:
         for turn in range(24):
             parts = [Part(turn, prompt(turn))] if turn < 8 else []
             parts += [Part(s, steps[s][len(got[s]) - 1 :][:1]) for s in range(8) if 0 < len(got[s]) <= len(steps[s])]
@@ -67,29 +56,29 @@ def test_eight_interleaved_sequences_are_eight_separate_ones(model: BudgetModel,
                     got[part.sequence].append(logits)
         kept = [context.kept(sequence) for sequence in range(8)]
     for sequence in range(8):
-        wanted, rows = alone(model, sequence, steps[sequence], **options)
+        wanted, rows = alone(kv_model, sequence, steps[sequence], **options)
         assert len(got[sequence]) == len(wanted)
         assert max(nmse(a, b) for a, b in zip(got[sequence], wanted, strict=True)) < 1e-6
         assert all(np.array_equal(a, b) for a, b in zip(kept[sequence], rows, strict=True))
 
 
-def test_tokens_of_sequences_may_stand_in_any_order(model: BudgetModel) -> None:
+def test_tokens_of_sequences_may_stand_in_any_order(kv_model: BudgetModel) -> None:
     """Two prompts token by token in turns, and a step of a third."""
-    with model.context(512, BUDGET, n_seq=3, ubatch=64) as context:
+    with kv_model.context(512, BUDGET, n_seq=3, ubatch=64) as context:
         context.read(prompt(3), 2)
         a, b = tokens(150, 1), tokens(150, 2)
         parts = [Part(i % 2, [(a, b)[i % 2][i // 2]]) for i in range(300)]
         logits = context.decode(*parts[:150], Part(2, [5]), *parts[150:])
         kept = [context.kept(sequence) for sequence in range(3)]
     for sequence, text, index in ((0, a, -2), (1, b, -1)):
-        with model.context(512, BUDGET, ubatch=64) as single:
+        with kv_model.context(512, BUDGET, ubatch=64) as single:
             assert nmse(logits[index], single.read(text)) < 1e-6
             assert all(np.array_equal(x, y) for x, y in zip(kept[sequence], single.kept(), strict=True))
-    assert nmse(logits[150], alone(model, 3, [5])[0][1]) < 1e-6
+    assert nmse(logits[150], alone(kv_model, 3, [5])[0][1]) < 1e-6
 
 
-def test_removed_sequences_leave_room_and_the_others_alone(model: BudgetModel) -> None:
-    with model.context(512, BUDGET, n_seq=3, ubatch=64) as context:
+def test_removed_sequences_leave_room_and_the_others_alone(kv_model: BudgetModel) -> None:
+    with kv_model.context(512, BUDGET, n_seq=3, ubatch=64) as context:
         for sequence in range(3):
             context.read(prompt(sequence), sequence)
         before = state(context, 0), state(context, 2)
@@ -97,18 +86,18 @@ def test_removed_sequences_leave_room_and_the_others_alone(model: BudgetModel) -
         assert (context.last(1), context.rows(1)) == (-1, (0, 0, 0))
         assert (state(context, 0), state(context, 2)) == before
         got = context.decode(Part(1, prompt(4)), Part(0, [5]), Part(2, [6]))
-        assert nmse(got[0], alone(model, 4, [])[0][0]) < 1e-6
-        assert nmse(got[1], alone(model, 0, [5])[0][1]) < 1e-6
-        assert nmse(got[2], alone(model, 2, [6])[0][1]) < 1e-6
+        assert nmse(got[0], alone(kv_model, 4, [])[0][0]) < 1e-6
+        assert nmse(got[1], alone(kv_model, 0, [5])[0][1]) < 1e-6
+        assert nmse(got[2], alone(kv_model, 2, [6])[0][1]) < 1e-6
         context.clear()
         assert [context.last(sequence) for sequence in range(3)] == [-1] * 3
-        assert np.array_equal(context.read(prompt(0), 2), alone(model, 0, [], ubatch=64)[0][0])
+        assert np.array_equal(context.read(prompt(0), 2), alone(kv_model, 0, [], ubatch=64)[0][0])
 
 
-def test_rollback_of_generated_tokens_is_exact(model: BudgetModel, files: Models) -> None:
+def test_rollback_of_generated_tokens_is_exact(kv_model: BudgetModel, kv_files: Models) -> None:
     """Other tokens in their place give what they give in a context that never saw the first ones."""
     steps = tokens(30, 1)
-    with model.context(512, BUDGET, ubatch=64) as context, model.context(512, BUDGET, ubatch=64) as fresh:
+    with kv_model.context(512, BUDGET, ubatch=64) as context, kv_model.context(512, BUDGET, ubatch=64) as fresh:
         for each in (context, fresh):
             each.read(prompt(0))
             for token in steps[:4]:
@@ -124,9 +113,9 @@ def test_rollback_of_generated_tokens_is_exact(model: BudgetModel, files: Models
         assert state(context, 0) == state(fresh, 0)
 
 
-def test_a_selection_after_a_rollback_uses_the_queries_it_has(model: BudgetModel, files: Models) -> None:
-    reference = ReferenceSequence(Weights(files["gqa"]), BUDGET)
-    with model.context(512, BUDGET, ubatch=64) as context:
+def test_a_selection_after_a_rollback_uses_the_queries_it_has(kv_model: BudgetModel, kv_files: Models) -> None:
+    reference = ReferenceSequence(Weights(kv_files["gqa"]), BUDGET)
+    with kv_model.context(512, BUDGET, ubatch=64) as context:
         for text in (prompt(0), *([token] for token in tokens(40, 1))):
             context.read(text)
             reference.read(text)
@@ -139,8 +128,8 @@ def test_a_selection_after_a_rollback_uses_the_queries_it_has(model: BudgetModel
             reference.swaps(layer, context.positions(layer), 1e-4)
 
 
-def test_rollback_beyond_a_selection_is_refused(model: BudgetModel) -> None:
-    with model.context(512, BUDGET, ubatch=64) as context:
+def test_rollback_beyond_a_selection_is_refused(kv_model: BudgetModel) -> None:
+    with kv_model.context(512, BUDGET, ubatch=64) as context:
         context.read(prompt(0))
         for token in tokens(5, 1):
             context.read([token])
@@ -160,19 +149,19 @@ def test_rollback_beyond_a_selection_is_refused(model: BudgetModel) -> None:
         assert context.last() == -1
 
 
-def test_rollback_of_an_unevicted_prompt(model: BudgetModel) -> None:
-    with model.context(512, BUDGET, ubatch=64) as context:
+def test_rollback_of_an_unevicted_prompt(kv_model: BudgetModel) -> None:
+    with kv_model.context(512, BUDGET, ubatch=64) as context:
         context.read(tokens(20))
         assert context.remove(0, 12)
         assert context.rows() == (12, 12, 12)
-        with model.context(512, BUDGET, ubatch=64) as fresh:
+        with kv_model.context(512, BUDGET, ubatch=64) as fresh:
             fresh.read(tokens(12))
             assert nmse(context.read([7]), fresh.read([7])) < 1e-10
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_abort_in_the_middle_of_a_prompt(model: BudgetModel, share: float, mixed: bool) -> None:
+def test_abort_in_the_middle_of_a_prompt(kv_model: BudgetModel, share: float, mixed: bool) -> None:
     """The prompt's sequence is empty, the others are as they were or a step further, and all can be used."""
     calls, limit = 0, 10**9
 
@@ -182,7 +171,7 @@ def test_abort_in_the_middle_of_a_prompt(model: BudgetModel, share: float, mixed
         return calls > limit
 
     parts = [Part(1, prompt(0)), *([Part(0, [5])] if mixed else [])]
-    with model.context(512, BUDGET, n_seq=2, ubatch=64, abort=abort) as context:
+    with kv_model.context(512, BUDGET, n_seq=2, ubatch=64, abort=abort) as context:
         context.read(prompt(2), 0)
         calls = 0
         context.decode(*parts)
@@ -202,12 +191,12 @@ def test_abort_in_the_middle_of_a_prompt(model: BudgetModel, share: float, mixed
         logits = context.read([5], 0), context.read(prompt(0), 1), context.read([6], 1)
         assert context.remove(0)
         assert np.array_equal(context.read(prompt(2), 0), wanted)
-    assert nmse(logits[0], alone(model, 2, [5])[0][1]) < 1e-6
-    for got, expected in zip(logits[1:], alone(model, 0, [6], ubatch=64)[0], strict=True):
+    assert nmse(logits[0], alone(kv_model, 2, [5])[0][1]) < 1e-6
+    for got, expected in zip(logits[1:], alone(kv_model, 0, [6], ubatch=64)[0], strict=True):
         assert np.array_equal(got, expected)
 
 
-def test_abort_of_a_step(model: BudgetModel) -> None:
+def test_abort_of_a_step(kv_model: BudgetModel) -> None:
     calls, limit = 0, 10**9
 
     def abort() -> bool:
@@ -215,7 +204,7 @@ def test_abort_of_a_step(model: BudgetModel) -> None:
         calls += 1
         return calls > limit
 
-    with model.context(512, BUDGET, n_seq=2, abort=abort) as context:
+    with kv_model.context(512, BUDGET, n_seq=2, abort=abort) as context:
         for sequence in range(2):
             context.read(prompt(sequence), sequence)
         before = [state(context, sequence) for sequence in range(2)]
@@ -226,7 +215,7 @@ def test_abort_of_a_step(model: BudgetModel) -> None:
         assert [state(context, sequence) for sequence in range(2)] == before
         got = context.decode(Part(0, [5]), Part(1, [6]))
     for sequence, token in ((0, 5), (1, 6)):
-        assert nmse(got[sequence], alone(model, sequence, [token])[0][1]) < 1e-6
+        assert nmse(got[sequence], alone(kv_model, sequence, [token])[0][1]) < 1e-6
 
 
 REFUSED: dict[str, Callable[[BudgetContext], object]] = {
@@ -241,8 +230,8 @@ REFUSED: dict[str, Callable[[BudgetContext], object]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_batches_change_nothing(model: BudgetModel, name: str) -> None:
-    with model.context(512, BUDGET, n_seq=3, ubatch=64) as context:
+def test_refused_batches_change_nothing(kv_model: BudgetModel, name: str) -> None:
+    with kv_model.context(512, BUDGET, n_seq=3, ubatch=64) as context:
         context.read(prompt(0), 0)
         context.read(prompt(1), 1)
         before = [state(context, sequence) for sequence in range(3)]
@@ -252,12 +241,12 @@ def test_refused_batches_change_nothing(model: BudgetModel, name: str) -> None:
             assert len(str(refusal.value)) > 10
             assert "status" not in str(refusal.value)
         assert [state(context, sequence) for sequence in range(3)] == before
-        assert np.array_equal(context.read([5], 0), alone(model, 0, [5], ubatch=64)[0][1])
+        assert np.array_equal(context.read([5], 0), alone(kv_model, 0, [5], ubatch=64)[0][1])
         assert context.refusal == ""
 
 
-def test_refused_operations_change_nothing(model: BudgetModel) -> None:
-    with model.context(512, BUDGET, n_seq=3, ubatch=64) as context:
+def test_refused_operations_change_nothing(kv_model: BudgetModel) -> None:
+    with kv_model.context(512, BUDGET, n_seq=3, ubatch=64) as context:
         context.read(prompt(0), 0)
         before = [state(context, sequence) for sequence in range(3)]
         operations: list[Callable[[], object]] = [
@@ -276,7 +265,7 @@ def test_refused_operations_change_nothing(model: BudgetModel) -> None:
         for sequence in (-1, 3, 99):
             assert context.rows(sequence) == ()
             assert context.select(sequence) == -1
-        assert np.array_equal(context.read([5], 0), alone(model, 0, [5], ubatch=64)[0][1])
+        assert np.array_equal(context.read([5], 0), alone(kv_model, 0, [5], ubatch=64)[0][1])
 
 
 @pytest.mark.parametrize(
@@ -292,13 +281,13 @@ def test_refused_operations_change_nothing(model: BudgetModel) -> None:
     ],
     ids=str,
 )
-def test_budgets_that_cannot_be(model: BudgetModel, budget: Budget) -> None:
+def test_budgets_that_cannot_be(kv_model: BudgetModel, budget: Budget) -> None:
     with pytest.raises(Refused):
-        model.context(512, budget)
+        kv_model.context(512, budget)
 
 
-def test_threads_do_not_matter(model: BudgetModel) -> None:
-    wanted, kept = alone(model, 4, tokens(10), ubatch=64)
-    got, other = alone(model, 4, tokens(10), ubatch=64, threads=3)
+def test_threads_do_not_matter(kv_model: BudgetModel) -> None:
+    wanted, kept = alone(kv_model, 4, tokens(10), ubatch=64)
+    got, other = alone(kv_model, 4, tokens(10), ubatch=64, threads=3)
     assert max(nmse(a, b) for a, b in zip(got, wanted, strict=True)) < 1e-6
     assert all(np.array_equal(a, b) for a, b in zip(kept, other, strict=True))
