@@ -86,8 +86,8 @@ ZIGGURAT_API int32_t ziggurat_kv_rows(const struct llama_context * ctx, int32_t 
 ZIGGURAT_API int32_t ziggurat_kv_positions(
         struct llama_context * ctx, int32_t seq_id, int32_t layer, int32_t * positions, size_t n);
 
-// Give one sequence a budget of its own, for its next selections; n is the number of layers. Each rows[i] + slack must
-// fit the capacity. NULL takes the context's again. Returns 0.
+// Give one sequence a budget of its own, for its next selections; n is the number of layers, no rows[i] more than the
+// context's nor less than window and sinks. NULL takes the context's again. Returns 0.
 ZIGGURAT_API int32_t ziggurat_kv_set_budget(
         struct llama_context * ctx, int32_t seq_id, const uint32_t * rows, size_t n);
 

@@ -1,0 +1,671 @@
+#include "ziggurat-kv-cache.h"
+
+#include "ziggurat-kv-cut.h"
+#include "ziggurat-kv-graph.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+static constexpr uint32_t ROW_PADDING = ZIGGURAT_KV_ROW_PADDING;
+
+//
+// ziggurat_kv_arena
+//
+
+ggml_context * ziggurat_kv_arena::context(ggml_backend_buffer_type_t buft, size_t n_tensors) {
+    auto & ctx = open[buft];
+    if (!ctx) {
+        ctx.reset(ggml_init({ n_tensors*ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true }));
+        if (!ctx) {
+            throw std::runtime_error("failed to create a ggml context for the KV rows");
+        }
+    }
+    return ctx.get();
+}
+
+void ziggurat_kv_arena::allocate(bool no_alloc) {
+    for (auto & [buft, ctx] : open) {
+        ggml_backend_buffer_t buf = no_alloc ? ggml_backend_buft_alloc_buffer(buft, 0)
+                                             : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
+        if (!buf) {
+            throw std::runtime_error(format("failed to allocate %.0f MiB of KV rows",
+                        ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft)/1048576.0));
+        }
+        if (no_alloc) {
+            // with a buffer of their own the scheduler does not allocate them
+            for (auto * t = ggml_get_first_tensor(ctx.get()); t != nullptr; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buf;
+            }
+        }
+        ggml_backend_buffer_clear(buf, 0); // no NaN in rows that are only masked
+        closed.emplace_back(std::move(ctx), buf);
+    }
+    open.clear();
+}
+
+void ziggurat_kv_arena::clear() {
+    for (auto & it : closed) {
+        ggml_backend_buffer_clear(it.second.get(), 0);
+    }
+}
+
+void ziggurat_kv_arena::add_sizes(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
+    for (const auto & [ctx, buf] : closed) {
+        auto * buft = ggml_backend_buffer_get_type(buf.get());
+        const size_t size = ggml_backend_buffer_get_size(buf.get());
+        sizes[buft] += size > 0 ? size : ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft);
+    }
+}
+
+//
+// ziggurat_kv_cache: what is allocated
+//
+
+static void check_params(const ziggurat_kv_params & params, const llama_hparams & hparams, const llama_cparams & cparams) {
+    const auto fail = [](const std::string & what) { throw std::runtime_error("KV budget: " + what); };
+
+    if (params.rows == nullptr || params.n_layer != hparams.n_layer()) {
+        fail(format("rows of %u layers for a model of %u", params.n_layer, hparams.n_layer()));
+    }
+    if (params.window < 1 || params.window > cparams.n_ctx_seq) {
+        fail(format("a window of %u tokens; it has 1 to the context's %u", params.window, cparams.n_ctx_seq));
+    }
+    if (params.pool % 2 != 1 || params.pool > 255) {
+        fail(format("a pooling width of %u; it is odd and at most 255", params.pool));
+    }
+    if (params.slack < 1 || params.slack > (1u << 20)) {
+        fail(format("a slack of %u rows; it has 1 to %u", params.slack, 1u << 20));
+    }
+    if (params.pool_type < ZIGGURAT_KV_POOL_AVG || params.pool_type > ZIGGURAT_KV_POOL_MAX ||
+        params.score < ZIGGURAT_KV_SCORE_SNAPKV || params.score > ZIGGURAT_KV_SCORE_RANDOM ||
+        params.prefill < ZIGGURAT_KV_PREFILL_EXACT || params.prefill > ZIGGURAT_KV_PREFILL_CHUNKED) {
+        fail("an unknown pooling, score or prefill");
+    }
+    for (uint32_t il = 0; il < params.n_layer; ++il) {
+        if (params.rows[il] < (uint64_t) params.window + params.sinks) {
+            fail(format("%u rows in layer %u are less than window and sinks (%u + %u)",
+                        params.rows[il], il, params.window, params.sinks));
+        }
+    }
+    if (cparams.kv_unified) {
+        fail("sequences have rows of their own: kv_unified has to be off");
+    }
+}
+
+ziggurat_kv_cache::ziggurat_kv_cache(
+        const llama_model         & model,
+        const llama_memory_params & memory_params,
+        const llama_cparams       & cparams,
+        const ziggurat_kv_params  & asked) :
+    model(model), hparams(model.hparams), params(asked),
+    n_seq(cparams.n_seq_max), n_ctx(GGML_PAD(cparams.n_ctx_seq, ROW_PADDING)), n_ubatch(cparams.n_ubatch),
+    cparams(cparams), type_k(memory_params.type_k), type_v(memory_params.type_v), offload(cparams.offload_kqv) {
+    check_params(params, hparams, cparams);
+
+    rows.assign(params.rows, params.rows + params.n_layer);
+    params.rows = rows.data();
+
+    make_rows();
+    for (uint32_t s = 0; s < n_seq; ++s) {
+        seqs.emplace_back();
+        clear_seq(s);
+    }
+
+    if (ggml_is_quantized(type_k) || ggml_is_quantized(type_v)) {
+        rotation = std::make_unique<llama_kv_cache>(
+                model, hparams, type_k, type_v, /*v_trans =*/ false, offload, /*unified =*/ true,
+                /*kv_size =*/ 1, /*n_seq_max =*/ 1, /*n_pad =*/ 1, 0, LLAMA_SWA_TYPE_NONE, nullptr,
+                [&](int32_t il) { return il < (int32_t) hparams.n_layer(); }, nullptr, nullptr, "rotation_");
+    }
+
+    if (evicts) {
+        layer_major = can_cut();
+        if (!layer_major && params.prefill == ZIGGURAT_KV_PREFILL_BOUNDED) {
+            throw std::runtime_error("KV budget: this model's graph cannot be cut into layers, so that reading a prompt "
+                                     "exactly takes the full cache of one prompt; use the exact or the chunked prefill");
+        }
+        make_stage(layer_major);
+    }
+
+    const auto size = layout();
+    LLAMA_LOG_INFO("%s: rows %.2f MiB, positions %.2f MiB, queries %.2f MiB, stage %.2f MiB (%u rows, %s), hidden %.2f MiB\n",
+            __func__, size.rows_bytes/1048576.0, size.position_bytes/1048576.0, size.query_bytes/1048576.0,
+            size.stage_bytes/1048576.0, stage_rows, layer_major ? "layer by layer" : "lane", size.hidden_bytes/1048576.0);
+}
+
+void ziggurat_kv_cache::make_rows() {
+    const uint32_t n_layer = hparams.n_layer();
+
+    // rows beyond the context would never be used
+    evicts = std::any_of(rows.begin(), rows.end(), [&](uint32_t n) { return n < n_ctx; });
+
+    layers.resize(n_layer);
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        auto & layer = layers[il];
+        layer.n_head    = hparams.n_head(il);
+        layer.n_head_kv = hparams.n_head_kv(il);
+        layer.budget    = std::min(rows[il], n_ctx);
+        layer.capacity  = evicts ? GGML_PAD(layer.budget + params.slack, ROW_PADDING) : n_ctx;
+        layer.buft      = offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
+
+        ggml_context * ctx = rows_arena.context(layer.buft, 4*n_layer);
+
+        layer.k = ggml_new_tensor_3d(ctx, type_k, hparams.n_embd_k_gqa(il), layer.capacity, n_seq);
+        layer.v = ggml_new_tensor_3d(ctx, type_v, hparams.n_embd_v_gqa(il), layer.capacity, n_seq);
+        ggml_format_name(layer.k, "cache_k_l%u", il);
+        ggml_format_name(layer.v, "cache_v_l%u", il);
+
+        if (evicts) {
+            layer.positions = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.budget, layer.n_head_kv, n_seq);
+            ggml_format_name(layer.positions, "cache_positions_l%u", il);
+        }
+        if (evicts && uses_queries()) {
+            // half precision is what the products with half precision keys round queries to
+            const auto type = type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
+            layer.queries = ggml_new_tensor_2d(ctx, type, hparams.n_embd_head_k(il)*layer.n_head, (int64_t) params.window*n_seq);
+            ggml_format_name(layer.queries, "cache_queries_l%u", il);
+        }
+    }
+    rows_arena.allocate(hparams.no_alloc);
+}
+
+bool ziggurat_kv_cache::can_cut() const {
+    const uint32_t n_tokens = 2;
+
+    llm_graph_result    res(16*model.n_tensors() + 4096);
+    llama_adapter_cvec  cvec;
+    llama_adapter_loras loras;
+    llama_cross         cross;
+    llama_batch_allocr  balloc(hparams.n_pos_per_embd());
+
+    auto probe = cparams;
+    probe.offload_kqv  = true; // there is no scheduler to place tensors with
+    probe.pooling_type = LLAMA_POOLING_TYPE_NONE;
+
+    ziggurat_kv_context mctx(const_cast<ziggurat_kv_cache *>(this), nullptr);
+
+    res.reset();
+    model.build_graph({
+        /*.arch        =*/ model.arch,
+        /*.hparams     =*/ hparams,
+        /*.cparams     =*/ probe,
+        /*.ubatch      =*/ balloc.ubatch_reserve(n_tokens, 1),
+        /*.gtype       =*/ LLM_GRAPH_TYPE_DEFAULT,
+        /*.sched       =*/ nullptr,
+        /*.backend_cpu =*/ nullptr,
+        /*.cvec        =*/ &cvec,
+        /*.loras       =*/ &loras,
+        /*.mctx        =*/ &mctx,
+        /*.cross       =*/ &cross,
+        /*.prec_policy =*/ &model.prec_policy,
+        /*.samplers    =*/ {},
+        /*.n_outputs   =*/ 1,
+        /*.cb          =*/ [](const llama_ubatch &, ggml_tensor * cur, const char * name, int il) {
+            il < 0 ? ggml_set_name(cur, name) : ggml_format_name(cur, "%s-%d", name, il);
+        },
+        /*.res         =*/ &res,
+    });
+    return ziggurat_kv_can_cut(res, *this, n_tokens);
+}
+
+void ziggurat_kv_cache::make_stage(bool shared) {
+    uint32_t max_capacity = 0;
+    for (const auto & layer : layers) {
+        max_capacity = std::max(max_capacity, layer.capacity);
+    }
+    const bool chunked = params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED;
+
+    stage_rows = chunked ? GGML_PAD(max_capacity + n_ubatch, ROW_PADDING) : n_ctx;
+
+    // per buffer type: the bytes of the widest layer, or of all, and how many of them are given away
+    struct pool { size_t size = 0; size_t used = 0; ggml_tensor * bytes = nullptr; };
+    std::map<ggml_backend_buffer_type_t, pool> pools;
+
+    const auto row_size = [&](const ggml_tensor * t) { return ggml_row_size(t->type, t->ne[0]); };
+    for (const auto & layer : layers) {
+        const size_t size = (row_size(layer.k) + row_size(layer.v))*stage_rows;
+        auto & p = pools[layer.buft];
+        p.size = shared ? std::max(p.size, size) : p.size + size;
+    }
+    for (auto & [buft, p] : pools) {
+        p.bytes = ggml_new_tensor_1d(stage_arena.context(buft, 2*layers.size() + 2), GGML_TYPE_I8, p.size);
+        ggml_set_name(p.bytes, "kv_stage");
+    }
+    for (auto & layer : layers) {
+        auto & p = pools[layer.buft];
+        if (shared) {
+            p.used = 0;
+        }
+        for (const bool key : { true, false }) {
+            const ggml_tensor * like = key ? layer.k : layer.v;
+            ggml_tensor * t = ggml_view_tensor(stage_arena.context(layer.buft, 0), p.bytes);
+            t->type  = like->type;
+            t->ne[0] = like->ne[0];
+            t->ne[1] = stage_rows;
+            t->nb[0] = like->nb[0];
+            t->nb[1] = like->nb[1];
+            t->nb[2] = t->nb[3] = t->nb[1]*stage_rows;
+            t->view_offs = p.used;
+            p.used += t->nb[2];
+            (key ? layer.stage_k : layer.stage_v) = t;
+        }
+    }
+    if (shared) {
+        const uint32_t n_tokens = chunked ? n_ubatch : n_ctx;
+        hidden = ggml_new_tensor_2d(stage_arena.context(layers[0].buft, 0), GGML_TYPE_F32, hparams.n_embd, n_tokens);
+        ggml_set_name(hidden, "kv_hidden");
+    }
+    stage_arena.allocate(hparams.no_alloc);
+}
+
+uint32_t ziggurat_kv_cache::n_extra_nodes() const {
+    uint32_t n = 0;
+    for (const auto & layer : layers) {
+        n += 64 + 10*layer.n_head_kv;
+    }
+    return n;
+}
+
+ziggurat_kv_layout ziggurat_kv_cache::layout() const {
+    ziggurat_kv_layout res = {};
+    std::map<const ggml_tensor *, size_t> stages;
+    for (const auto & layer : layers) {
+        res.rows_bytes     += ggml_nbytes(layer.k) + ggml_nbytes(layer.v);
+        res.position_bytes += layer.positions ? ggml_nbytes(layer.positions) : 0;
+        res.query_bytes    += layer.queries   ? ggml_nbytes(layer.queries)   : 0;
+        if (layer.stage_k) {
+            stages[layer.stage_k->view_src] = ggml_nbytes(layer.stage_k->view_src);
+        }
+    }
+    for (const auto & it : stages) {
+        res.stage_bytes += it.second;
+    }
+    res.hidden_bytes = hidden ? ggml_nbytes(hidden) : 0;
+    res.stage_rows   = stage_rows;
+    res.layer_major  = layer_major;
+    return res;
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> ziggurat_kv_cache::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> sizes = rotation ? rotation->memory_breakdown()
+                                                                  : std::map<ggml_backend_buffer_type_t, size_t>();
+    rows_arena .add_sizes(sizes);
+    stage_arena.add_sizes(sizes);
+    return sizes;
+}
+
+//
+// ziggurat_kv_cache: sequences
+//
+
+uint32_t ziggurat_kv_cache::padded_rows(const ziggurat_kv_layer & layer, uint32_t n) const {
+    return std::min(layer.capacity, std::max<uint32_t>(ROW_PADDING, GGML_PAD(n, ROW_PADDING)));
+}
+
+void ziggurat_kv_cache::clear_seq(llama_seq_id seq_id) {
+    auto & seq = seqs[seq_id];
+    auto budget = std::move(seq.budget); // outlives what it bounds
+    seq = {};
+    seq.used .assign(layers.size(), 0);
+    seq.fixed.assign(layers.size(), 0);
+    seq.budget = std::move(budget);
+    if (seq.budget.empty()) {
+        for (const auto & layer : layers) {
+            seq.budget.push_back(layer.budget);
+        }
+    }
+}
+
+void ziggurat_kv_cache::clear(bool data) {
+    for (uint32_t s = 0; s < n_seq; ++s) {
+        clear_seq(s);
+    }
+    if (data) {
+        rows_arena.clear();
+    }
+    refusal.clear();
+}
+
+void ziggurat_kv_cache::append(llama_seq_id seq_id, uint32_t n) {
+    auto & seq = seqs[seq_id];
+    for (auto & used : seq.used) {
+        used += n;
+    }
+    seq.next += n;
+}
+
+void ziggurat_kv_cache::note_selection(llama_seq_id seq_id, uint32_t il, uint32_t n_rows, uint32_t target) {
+    auto & seq = seqs[seq_id];
+    seq.used[il] = target;
+    if (target < n_rows) {
+        seq.fixed[il] = target;
+    }
+}
+
+bool ziggurat_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    refusal.clear();
+    if (seq_id < 0) {
+        bool all = true;
+        for (uint32_t s = 0; s < n_seq; ++s) {
+            all &= seq_rm(s, p0, p1);
+        }
+        return all;
+    }
+    if (!exists(seq_id)) {
+        refusal = format("sequence %d is not one of %u", seq_id, n_seq);
+        return false;
+    }
+    auto & seq = seqs[seq_id];
+
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+
+    if (seq.reading) {
+        // a prompt broke off in the middle: some layers have selected already
+        clear_seq(seq_id);
+        refusal = format("sequence %d was being read and is empty now", seq_id);
+        return true;
+    }
+    if (p0 >= seq.next || p0 >= p1) {
+        return true;
+    }
+    if (p0 == 0 && p1 >= seq.next) {
+        clear_seq(seq_id);
+        return true;
+    }
+    if (p1 < seq.next) {
+        refusal = format("positions %d to %d lie in the middle of sequence %d; only its end can be removed", p0, p1 - 1, seq_id);
+        return false;
+    }
+    const uint32_t n = seq.next - p0;
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        if (seq.used[il] - seq.fixed[il] < n) {
+            refusal = format("position %d of sequence %d lies before its last selection: rows of that time were evicted", p0, seq_id);
+            return false;
+        }
+    }
+    for (auto & used : seq.used) {
+        used -= n;
+    }
+    // the ring has lost what the removed tokens overwrote
+    seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) params.window);
+    seq.next = p0;
+    return true;
+}
+
+void ziggurat_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos, llama_pos) {
+    refusal = format("sequence %d cannot be copied to %d: sequences with a budget do not share rows", seq_id_src, seq_id_dst);
+    LLAMA_LOG_ERROR("%s: %s\n", __func__, refusal.c_str());
+}
+
+void ziggurat_kv_cache::seq_keep(llama_seq_id seq_id) {
+    refusal.clear();
+    for (uint32_t s = 0; s < n_seq; ++s) {
+        if ((llama_seq_id) s != seq_id) {
+            clear_seq(s);
+        }
+    }
+}
+
+void ziggurat_kv_cache::seq_add(llama_seq_id seq_id, llama_pos, llama_pos, llama_pos shift) {
+    if (shift != 0) {
+        refusal = format("positions of sequence %d cannot be shifted: with a budget they stay the true ones", seq_id);
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, refusal.c_str());
+    }
+}
+
+void ziggurat_kv_cache::seq_div(llama_seq_id seq_id, llama_pos, llama_pos, int d) {
+    if (d != 1) {
+        refusal = format("positions of sequence %d cannot be divided: with a budget they stay the true ones", seq_id);
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, refusal.c_str());
+    }
+}
+
+llama_pos ziggurat_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
+    if (!exists(seq_id) || seqs[seq_id].next == 0) {
+        return -1;
+    }
+    // the first position from which on all layers hold every row
+    const auto & seq = seqs[seq_id];
+    uint32_t n = seq.next;
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        n = std::min(n, seq.fixed[il] == 0 ? seq.used[il] : seq.used[il] - seq.fixed[il] + params.window);
+    }
+    return seq.next - n;
+}
+
+llama_pos ziggurat_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
+    return exists(seq_id) ? seqs[seq_id].next - 1 : -1;
+}
+
+void ziggurat_kv_cache::state_write(llama_io_write_i &, llama_seq_id, llama_state_seq_flags) const {
+    throw std::runtime_error("the state of a context with a KV budget cannot be saved");
+}
+
+void ziggurat_kv_cache::state_read(llama_io_read_i &, llama_seq_id, llama_state_seq_flags) {
+    throw std::runtime_error("a state cannot be read into a context with a KV budget");
+}
+
+//
+// ziggurat_kv_cache: batches
+//
+
+// Counts the tokens of each sequence, in the order in which the sequences appear. False, with the reason, if they do
+// not go on where their sequence ends.
+bool ziggurat_kv_cache::check_positions(
+        const llama_batch & batch, std::vector<uint32_t> & n_tokens, std::vector<llama_seq_id> & order) {
+    n_tokens.assign(n_seq, 0);
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        const llama_seq_id s = batch.seq_id[i][0];
+        if (batch.n_seq_id[i] != 1 || !exists(s)) {
+            refusal = "with a KV budget a token belongs to exactly one sequence";
+            return false;
+        }
+        const int64_t expected = (int64_t) seqs[s].next + n_tokens[s];
+        if (batch.pos[i] != expected || expected >= std::numeric_limits<llama_pos>::max()) {
+            refusal = format("sequence %d goes on at position %lld, the batch has %d there", s, (long long) expected, batch.pos[i]);
+            return false;
+        }
+        if (n_tokens[s]++ == 0) {
+            order.push_back(s);
+        }
+    }
+    return true;
+}
+
+ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_t n_tokens) {
+    const auto & seq = seqs[seq_id];
+
+    bool     below_budget = true;
+    bool     has_room     = true;
+    bool     frees        = true;
+    uint32_t max_used     = 0;
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        const uint32_t n = seq.used[il] + n_tokens;
+        below_budget &= n <= seq.budget[il];
+        has_room     &= n <= layers[il].capacity;
+        frees        &= seq.budget[il] + n_tokens <= layers[il].capacity;
+        max_used      = std::max(max_used, seq.used[il]);
+    }
+    if (!evicts) {
+        if (has_room) {
+            return need::in_place;
+        }
+        refusal = format("%u tokens on the %u of sequence %d exceed its context of %u", n_tokens, max_used, seq_id, n_ctx);
+        return need::refused;
+    }
+    if (n_tokens == 1 && has_room) {
+        return need::in_place;
+    }
+    if (n_tokens == 1 && frees) {
+        return need::selection;
+    }
+    if (below_budget) {
+        return need::in_place;
+    }
+    if (params.prefill != ZIGGURAT_KV_PREFILL_CHUNKED && max_used + n_tokens > stage_rows) {
+        refusal = format("a prompt of %u tokens on %u rows that sequence %d holds exceeds the context of %u",
+                n_tokens, max_used, seq_id, stage_rows);
+        return need::refused;
+    }
+    return need::staged;
+}
+
+// The steps of one sequence's prompt: layer after layer and in it ubatch after ubatch, or ubatch after ubatch.
+void ziggurat_kv_cache::add_steps(
+        std::vector<ziggurat_kv_step> & steps, const std::vector<llama_ubatch> & ubatches,
+        const std::vector<size_t> & own, llama_seq_id seq_id) const {
+    const bool chunked = params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED;
+
+    const auto add_segment = [&](size_t begin, size_t end) {
+        uint32_t total = 0;
+        for (size_t i = begin; i < end; ++i) {
+            total += ubatches[own[i]].n_tokens;
+        }
+        for (int32_t il = layer_major ? 0 : -1; il < (layer_major ? (int32_t) layers.size() : 0); ++il) {
+            uint32_t offset = 0;
+            for (size_t i = begin; i < end; ++i) {
+                steps.push_back({ own[i], il, true, offset, total, i == begin, i + 1 == end });
+                offset += ubatches[own[i]].n_tokens;
+            }
+        }
+    };
+    if (!chunked) {
+        add_segment(0, own.size());
+        return;
+    }
+    auto used = seqs[seq_id].used;
+    for (size_t i = 0; i < own.size(); ++i) {
+        const uint32_t n = ubatches[own[i]].n_tokens;
+        bool fits = true;
+        for (uint32_t il = 0; il < layers.size(); ++il) {
+            fits &= used[il] + n <= seqs[seq_id].budget[il];
+        }
+        if (fits) {
+            steps.push_back({ own[i], -1, false, 0, n, true, true });
+        } else {
+            add_segment(i, i + 1);
+        }
+        for (uint32_t il = 0; il < layers.size(); ++il) {
+            used[il] = std::min(used[il] + n, seqs[seq_id].budget[il]);
+        }
+    }
+}
+
+llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool) {
+    refusal.clear();
+    to_select.clear();
+    balloc.split_reset();
+
+    const auto failed = [] { return std::make_unique<ziggurat_kv_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE); };
+
+    std::vector<uint32_t>     n_tokens;
+    std::vector<llama_seq_id> order;
+    if (!check_positions(balloc.get_batch(), n_tokens, order)) {
+        return failed();
+    }
+    std::vector<need> needs(n_seq, need::in_place);
+    for (const auto s : order) {
+        needs[s] = classify(s, n_tokens[s]);
+        if (needs[s] == need::refused) {
+            to_select.clear();
+            return failed();
+        }
+        if (needs[s] == need::selection) {
+            to_select.push_back(s);
+        }
+    }
+    if (!to_select.empty()) {
+        return failed(); // llama_context lets the memory update itself, see init_update, and tries again
+    }
+
+    std::vector<llama_ubatch>     ubatches;
+    std::vector<ziggurat_kv_step> steps;
+
+    // what is written in place is split as upstream's cache of one stream per sequence splits it
+    while (true) {
+        auto ubatch = n_seq == 1 && needs[0] == need::in_place ? balloc.split_simple(n_ubatch)
+                    : balloc.split_equal(n_ubatch, true, 0, [&](llama_seq_id s) { return needs[s] == need::in_place; });
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+        steps.push_back({ ubatches.size(), -1, false, 0, ubatch.n_tokens, true, true });
+        ubatches.push_back(std::move(ubatch)); // NOLINT
+    }
+
+    // then one prompt after the other
+    std::map<llama_seq_id, std::vector<size_t>> own;
+    while (true) {
+        auto ubatch = balloc.split_seq(n_ubatch);
+        if (ubatch.n_tokens == 0) {
+            break;
+        }
+        own[ubatch.seq_id[0][0]].push_back(ubatches.size());
+        ubatches.push_back(std::move(ubatch)); // NOLINT
+    }
+    for (const auto s : order) {
+        if (needs[s] == need::staged) {
+            add_steps(steps, ubatches, own[s], s);
+        }
+    }
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        refusal = "the batch could not be split";
+        return failed();
+    }
+    return std::make_unique<ziggurat_kv_context>(this, std::move(ubatches), std::move(steps));
+}
+
+llama_memory_context_ptr ziggurat_kv_cache::init_full() {
+    return std::make_unique<ziggurat_kv_context>(this, nullptr);
+}
+
+std::vector<llama_memory_context_ptr> ziggurat_kv_cache::init_staged() {
+    std::vector<llama_memory_context_ptr> res;
+    if (!evicts) {
+        return res;
+    }
+    const uint32_t tokens = std::min(n_ubatch, stage_rows);
+
+    ziggurat_kv_step step = { 0, -1, true, stage_rows - tokens, stage_rows, stage_rows == tokens, true };
+    if (!layer_major) {
+        res.push_back(std::make_unique<ziggurat_kv_context>(this, &step));
+        return res;
+    }
+    for (const uint32_t il : { (size_t) 0, layers.size()/2, layers.size() - 1 }) {
+        step.layer = il;
+        res.push_back(std::make_unique<ziggurat_kv_context>(this, &step));
+    }
+    return res;
+}
+
+llama_memory_context_ptr ziggurat_kv_cache::init_update(llama_context * lctx, bool optimize) {
+    if (!optimize || to_select.empty()) {
+        return std::make_unique<ziggurat_kv_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
+    }
+    return std::make_unique<ziggurat_kv_context>(this, lctx, std::move(to_select));
+}
+
+//
+// creation
+//
+
+llama_memory_i * ziggurat_kv_create(
+        const llama_model & model, const llama_memory_params & memory_params, const llama_cparams & cparams) {
+    if (memory_params.kv_budget == nullptr) {
+        return nullptr;
+    }
+    const char * reason = ziggurat_kv_unsupported(&model);
+    if (reason == nullptr && memory_params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+        reason = "this kind of context keeps no rows of the whole model";
+    }
+    if (reason != nullptr) {
+        LLAMA_LOG_WARN("%s: no KV budget, the full cache instead: %s\n", __func__, reason);
+        return nullptr;
+    }
+    return new ziggurat_kv_cache(model, memory_params, cparams, *memory_params.kv_budget);
+}

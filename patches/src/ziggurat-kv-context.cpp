@@ -1,0 +1,211 @@
+#include "ziggurat-kv-cache.h"
+#include "ziggurat-kv-graph.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+
+#include <algorithm>
+
+static constexpr uint32_t ROW_PADDING = ZIGGURAT_KV_ROW_PADDING;
+
+ziggurat_kv_context::ziggurat_kv_context(
+        ziggurat_kv_cache * kv, std::vector<llama_ubatch> ubatches, std::vector<ziggurat_kv_step> steps) :
+    kv(kv), what(kind::batch), status(LLAMA_MEMORY_STATUS_SUCCESS), ubatches(std::move(ubatches)), steps(std::move(steps)) {
+}
+
+ziggurat_kv_context::ziggurat_kv_context(ziggurat_kv_cache * kv, const ziggurat_kv_step * step) :
+    kv(kv), what(kind::reserve), status(LLAMA_MEMORY_STATUS_SUCCESS) {
+    if (step != nullptr) {
+        steps = { *step };
+    }
+}
+
+ziggurat_kv_context::ziggurat_kv_context(ziggurat_kv_cache * kv, llama_context * lctx, std::vector<llama_seq_id> seqs) :
+    kv(kv), what(kind::update), status(LLAMA_MEMORY_STATUS_SUCCESS), lctx(lctx), to_select(std::move(seqs)) {
+}
+
+bool ziggurat_kv_context::has_outputs() const {
+    return current().layer < 0 || current().layer + 1 == (int32_t) kv->layers.size();
+}
+
+uint32_t ziggurat_kv_context::n_seqs(const llama_ubatch & ubatch) const {
+    return kv->n_seq > 1 ? ubatch.n_seqs : 1;
+}
+
+llama_seq_id ziggurat_kv_context::first_seq(const llama_ubatch & ubatch) const {
+    return what == kind::batch ? ubatch.seq_id[0][0] : 0;
+}
+
+// Called when a step has been computed: what it changed is true from now on.
+bool ziggurat_kv_context::next() {
+    const auto & step   = current();
+    const auto & ubatch = get_ubatch();
+    if (step.staged) {
+        const llama_seq_id s = first_seq(ubatch);
+        for (uint32_t il = 0; il < kv->layers.size(); ++il) {
+            if (step.last && (step.layer < 0 || step.layer == (int32_t) il)) {
+                kv->note_selection(s, il, kv->seqs[s].used[il] + step.total, step_plans[il].target);
+            }
+        }
+        if (step.last && has_outputs()) {
+            kv->seqs[s].next   += step.total;
+            kv->seqs[s].reading = false;
+        }
+    }
+    return ++i_step < steps.size();
+}
+
+bool ziggurat_kv_context::apply() {
+    if (what == kind::update) {
+        return select();
+    }
+    if (what != kind::batch) {
+        return true;
+    }
+    const auto & ubatch = get_ubatch();
+    const auto   first  = first_seq(ubatch);
+
+    const uint32_t n_new = ubatch.n_tokens/n_seqs(ubatch);
+
+    if (current().staged) {
+        step_plans = plans_staged(n_new, [&](uint32_t il) { return kv->seqs[first].used[il]; });
+        kv->seqs[first].reading = true;
+        return true;
+    }
+    step_plans = plans_in_place(first, n_seqs(ubatch), n_new);
+    // the rows count from now on: if the step fails, llama_context removes them again
+    for (uint32_t s = 0; s < n_seqs(ubatch); ++s) {
+        kv->append(first + s, n_new);
+    }
+    return true;
+}
+
+std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans(const llama_ubatch & ubatch) const {
+    if (what == kind::batch) {
+        return step_plans;
+    }
+    const uint32_t n_new = ubatch.n_tokens/n_seqs(ubatch);
+    return current().staged ? plans_staged(n_new, [&](uint32_t il) { return kv->layers[il].capacity; })
+                            : plans_largest(n_seqs(ubatch), n_new);
+}
+
+std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_in_place(llama_seq_id first, uint32_t n_seqs, uint32_t n_new) const {
+    std::vector<ziggurat_kv_plan> res(kv->layers.size());
+    for (uint32_t il = 0; il < res.size(); ++il) {
+        for (uint32_t s = first; s < first + n_seqs; ++s) {
+            const auto & seq = kv->seqs[s];
+            res[il].past.push_back(seq.used[il]);
+            // once rows were evicted the number in use goes up and down, and a constant n_kv lets graphs be reused
+            const uint32_t n = seq.fixed[il] > 0 ? kv->layers[il].capacity : seq.used[il] + n_new;
+            res[il].n_kv = std::max(res[il].n_kv, kv->padded_rows(kv->layers[il], n));
+        }
+    }
+    return res;
+}
+
+// Plans of a step through the stage, given how many rows each layer holds before the segment.
+std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_staged(
+        uint32_t n_new, const std::function<uint32_t(uint32_t)> & held) const {
+    const auto & step = current();
+
+    std::vector<uint32_t> before;
+    for (uint32_t il = 0; il < kv->layers.size(); ++il) {
+        // a graph that is cut down to one layer has all layers alike
+        const uint32_t rows = held(step.layer < 0 ? il : step.layer);
+        before.push_back(std::min(rows, kv->stage_rows - step.total));
+    }
+    const uint32_t base = *std::max_element(before.begin(), before.end());
+
+    std::vector<ziggurat_kv_plan> res(before.size());
+    for (uint32_t il = 0; il < res.size(); ++il) {
+        const bool     computed = step.layer < 0 || step.layer == (int32_t) il;
+        const uint32_t n        = before[il] + step.total;
+
+        auto & plan = res[il];
+        plan.past   = { base + step.offset };
+        plan.shift  = base - before[il];
+        plan.n_kv   = std::min(kv->stage_rows, std::max(ROW_PADDING, GGML_PAD(base + step.offset + n_new, ROW_PADDING)));
+        plan.n_copy = computed && step.first ? before[il] : 0;
+        plan.target = computed && step.last  ? std::min(n, budget(il)) : 0;
+    }
+    return res;
+}
+
+// The largest graph in place: of one token per sequence on full layers, or of prompts that fit every layer's budget.
+std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_largest(uint32_t n_seqs, uint32_t n_new) const {
+    uint32_t budget   = kv->n_ctx;
+    uint32_t capacity = kv->n_ctx;
+    for (const auto & layer : kv->layers) {
+        budget   = std::min(budget,   layer.budget);
+        capacity = std::min(capacity, layer.capacity);
+    }
+    const uint32_t common = std::min(capacity, GGML_PAD(std::max(budget, n_new), ROW_PADDING));
+
+    std::vector<ziggurat_kv_plan> res(kv->layers.size());
+    for (uint32_t il = 0; il < res.size(); ++il) {
+        res[il].n_kv = n_new == 1 ? kv->layers[il].capacity : common;
+        res[il].past.assign(n_seqs, res[il].n_kv - std::min(res[il].n_kv, n_new));
+    }
+    return res;
+}
+
+uint32_t ziggurat_kv_context::budget(uint32_t il) const {
+    return what == kind::batch ? kv->seqs[first_seq(get_ubatch())].budget[il] : kv->layers[il].budget;
+}
+
+// Selects in place, sequence by sequence: what a decode step needs that finds a layer full.
+bool ziggurat_kv_context::select() {
+    for (const auto s : to_select) {
+        if (!select(s)) {
+            kv->clear_seq(s);
+            kv->refusal = format("selecting the rows of sequence %d failed or was aborted; it is empty now", s);
+            return false;
+        }
+    }
+    return true;
+}
+
+bool ziggurat_kv_context::select(llama_seq_id seq_id) {
+    auto & seq = kv->seqs[seq_id];
+
+    auto * sched = lctx->get_sched();
+    auto * res   = lctx->get_gf_res_reserve();
+
+    ggml_backend_sched_reset(sched);
+    res->reset();
+
+    for (uint32_t il = 0; il < kv->layers.size(); ++il) {
+        const auto & layer = kv->layers[il];
+        if (seq.used[il] <= seq.budget[il]) {
+            continue;
+        }
+        ziggurat_kv_selection sel;
+        sel.il       = il;
+        sel.seq_id   = seq_id;
+        sel.n        = seq.used[il];
+        sel.fixed    = seq.fixed[il];
+        sel.target   = seq.budget[il];
+        sel.last     = seq.next - 1;
+        sel.k        = layer.k;
+        sel.v        = layer.v;
+        sel.k_offset = seq_id*layer.k->nb[2];
+        sel.v_offset = seq_id*layer.v->nb[2];
+        ziggurat_kv_build_selection(res->get_ctx(), res->get_gf(), res, *kv, sel);
+    }
+    if (ggml_graph_n_nodes(res->get_gf()) == 0) {
+        return true;
+    }
+    if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
+        return false;
+    }
+    res->set_inputs(nullptr);
+    if (lctx->graph_compute(res->get_gf(), true) != GGML_STATUS_SUCCESS) {
+        return false;
+    }
+    for (uint32_t il = 0; il < kv->layers.size(); ++il) {
+        if (seq.used[il] > seq.budget[il]) {
+            kv->note_selection(seq_id, il, seq.used[il], seq.budget[il]);
+        }
+    }
+    return true;
+}

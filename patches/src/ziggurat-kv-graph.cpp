@@ -1,0 +1,378 @@
+#include "ziggurat-kv-graph.h"
+
+#include "ziggurat-kv-score.h"
+
+#include "llama-impl.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+namespace {
+
+// Some rows of a cache tensor [n_embd, rows], seen per head: [words, n, n_head]. As 32-bit words where a head's bytes
+// allow it, so that copying moves rows of any type verbatim.
+ggml_tensor * rows_by_head(ggml_context * ctx, ggml_tensor * t, size_t offset, int64_t n, int64_t n_head) {
+    const int64_t d          = t->ne[0]/n_head;
+    const size_t  head_bytes = ggml_row_size(t->type, d);
+    if (head_bytes % sizeof(float) != 0) {
+        // Heads of an odd number of half-word blocks: dequantized and quantized again, which for blocks that came
+        // from the quantizer gives the same values.
+        return ggml_view_3d(ctx, t, d, n, n_head, t->nb[1], head_bytes, offset);
+    }
+    ggml_tensor * view = ggml_view_tensor(ctx, t);
+    view->type  = GGML_TYPE_F32;
+    view->ne[0] = head_bytes/sizeof(float);
+    view->ne[1] = n;
+    view->ne[2] = n_head;
+    view->ne[3] = 1;
+    view->nb[0] = sizeof(float);
+    view->nb[1] = t->nb[1];
+    view->nb[2] = head_bytes;
+    view->nb[3] = head_bytes*n_head;
+    view->view_offs += offset;
+    if (view->data != nullptr) {
+        view->data = (char *) view->data + offset;
+    }
+    return view;
+}
+
+// n consecutive rows of any type from one cache tensor to another
+ggml_tensor * copy_rows(ggml_context * ctx, ggml_tensor * from, size_t from_offset, ggml_tensor * to, size_t to_offset, int64_t n) {
+    return ggml_cpy(ctx,
+            ggml_view_2d(ctx, from, from->ne[0], n, from->nb[1], from_offset),
+            ggml_view_2d(ctx, to,   to->ne[0],   n, to->nb[1],   to_offset));
+}
+
+// first, first + 1, … for every KV head: F32 [n, n_head_kv]. Row numbers and positions are exact in F32 up to 2^24.
+ggml_tensor * consecutive(ggml_context * ctx, int64_t first, int64_t n, int64_t n_head_kv) {
+    return ggml_repeat_4d(ctx, ggml_arange(ctx, (float) first, (float) (first + n), 1.0f), n, n_head_kv, 1, 1);
+}
+
+ggml_tensor * joined(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
+    return a == nullptr ? b : ggml_concat(ctx, a, b, 0);
+}
+
+// The rows that stay, ascending: sinks, chosen ones, window. F32 [target, n_head_kv].
+ggml_tensor * chosen_rows(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    const int64_t n_head_kv = kv.layers[sel.il].n_head_kv;
+    const int64_t sinks     = kv.params.sinks;
+    const int64_t window    = kv.params.window;
+    const int64_t n_choose  = sel.target - sinks - window;
+
+    ggml_tensor * scores = n_choose > 0 ? ziggurat_kv_build_scores(ctx, gf, res, kv, sel) : nullptr;
+    ggml_tensor * rows   = sinks > 0 ? consecutive(ctx, 0, sinks, n_head_kv) : nullptr;
+    if (scores == nullptr) {
+        const int64_t latest = sel.target - sinks;
+        return joined(ctx, rows, consecutive(ctx, sel.n - latest, latest, n_head_kv));
+    }
+    scores = ggml_cont(ctx, ggml_view_2d(ctx, scores,
+                sel.n - window - sinks, n_head_kv, scores->nb[1], sinks*scores->nb[0]));
+    ggml_tensor * top  = ggml_cast(ctx, ggml_top_k(ctx, scores, n_choose), GGML_TYPE_F32);
+    // in the order of positions: the next selection's pooling needs neighbours that were neighbours
+    ggml_tensor * perm = ggml_argsort(ctx, top, GGML_SORT_ORDER_ASC);
+    top = ggml_get_rows(ctx, ggml_reshape_3d(ctx, top, 1, n_choose, n_head_kv), perm);
+    top = ggml_scale_bias(ctx, ggml_reshape_2d(ctx, top, n_choose, n_head_kv), 1.0f, (float) sinks);
+    return joined(ctx, joined(ctx, rows, top), consecutive(ctx, sel.n - window, window, n_head_kv));
+}
+
+template <typename T>
+void fill_mask(ggml_tensor * mask, const std::vector<uint32_t> & past) {
+    const int64_t n_kv     = mask->ne[0];
+    const int64_t n_tokens = mask->ne[1];
+    const T keep = llama_cast<T>(0.0f);
+    const T drop = llama_cast<T>(-INFINITY);
+    T * row = (T *) mask->data;
+    for (const uint32_t n_past : past) {
+        for (int64_t i = 0; i < n_tokens; ++i, row += n_kv) {
+            const int64_t see = std::min<int64_t>(n_kv, n_past + i + 1);
+            std::fill(row,       row + see,  keep);
+            std::fill(row + see, row + n_kv, drop);
+        }
+    }
+}
+
+} // namespace
+
+std::vector<ggml_tensor *> ziggurat_kv_build_selection(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    auto & layer = kv.layers[sel.il];
+
+    const int64_t n_head_kv = layer.n_head_kv;
+
+    ggml_tensor * rows = chosen_rows(ctx, gf, res, kv, sel);
+    ggml_tensor * idxs = ggml_cast(ctx, rows, GGML_TYPE_I32);
+    ggml_tensor * to   = ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) sel.target, 1.0f), GGML_TYPE_I32);
+
+    // all of them are read before the first is written: a selection in place overlaps
+    ggml_tensor * k = ggml_get_rows(ctx, rows_by_head(ctx, sel.k, sel.k_offset, sel.n, n_head_kv), idxs);
+    ggml_tensor * v = ggml_get_rows(ctx, rows_by_head(ctx, sel.v, sel.v_offset, sel.n, n_head_kv), idxs);
+    ggml_build_forward_expand(gf, k);
+    ggml_build_forward_expand(gf, v);
+
+    ggml_tensor * place = ggml_view_2d(ctx, layer.positions,
+            sel.target, n_head_kv, layer.positions->nb[1], sel.seq_id*layer.positions->nb[2]);
+    ggml_tensor * positions = rows;
+    if (sel.fixed > 0) {
+        ggml_tensor * before = ggml_view_2d(ctx, layer.positions,
+                sel.fixed, n_head_kv, layer.positions->nb[1], sel.seq_id*layer.positions->nb[2]);
+        const int64_t n_new = sel.n - sel.fixed;
+        positions = joined(ctx, ggml_cont(ctx, before), consecutive(ctx, sel.last + 1 - n_new, n_new, n_head_kv));
+        positions = ggml_get_rows(ctx, ggml_reshape_3d(ctx, positions, 1, sel.n, n_head_kv), idxs);
+        positions = ggml_reshape_2d(ctx, positions, sel.target, n_head_kv);
+    }
+    std::vector<ggml_tensor *> effects;
+    effects.push_back(ggml_set_rows(ctx,
+                rows_by_head(ctx, layer.k, sel.seq_id*layer.k->nb[2], layer.capacity, n_head_kv), k, to));
+    effects.push_back(ggml_set_rows(ctx,
+                rows_by_head(ctx, layer.v, sel.seq_id*layer.v->nb[2], layer.capacity, n_head_kv), v, to));
+    effects.push_back(ggml_cpy(ctx, positions, place));
+    for (auto * node : effects) {
+        ggml_build_forward_expand(gf, node);
+    }
+    return effects;
+}
+
+ziggurat_kv_input::ziggurat_kv_input(
+        const llama_hparams       & hparams,
+        const llama_cparams       & cparams,
+        const ziggurat_kv_context * mctx,
+        ggml_context              * ctx,
+        const llama_ubatch        & ubatch) :
+    llm_graph_input_attn_kv(hparams, cparams, nullptr), mctx_kv(mctx), plans(mctx->plans(ubatch)), step(mctx->current()) {
+    const auto & kv = *mctx->kv;
+
+    const uint32_t n_layer = kv.layers.size();
+
+    n_tokens     = ubatch.n_tokens;
+    n_seqs       = mctx->n_seqs(ubatch);
+    n_seq_tokens = n_tokens/n_seqs;
+    first        = mctx->first_seq(ubatch);
+    effects.resize(n_layer);
+
+    const auto mask_type = cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32;
+
+    class_of.assign(n_layer, 0);
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        const auto found = std::find_if(masks.begin(), masks.end(), [&](const mask_class & c) {
+            return plans[c.il].n_kv == plans[il].n_kv && plans[c.il].past == plans[il].past;
+        });
+        class_of[il] = found - masks.begin();
+        if (found == masks.end()) {
+            masks.push_back({ il, ggml_new_tensor_4d(ctx, mask_type, plans[il].n_kv, n_seq_tokens, 1, n_seqs) });
+            ggml_set_input(masks.back().mask);
+            ggml_set_name(masks.back().mask, "attn_inp_kq_mask");
+        }
+    }
+
+    row_idxs = ggml_new_tensor_2d(ctx, GGML_TYPE_I64, n_tokens, step.layer < 0 ? n_layer : 1);
+    ggml_set_input(row_idxs);
+    ggml_set_name(row_idxs, "attn_inp_kv_idxs");
+
+    if (kv.evicts && kv.uses_queries()) {
+        const uint32_t later = step.staged ? step.total - std::min(step.total, step.offset + n_tokens) : 0;
+        n_window = std::min(n_seq_tokens, kv.params.window - std::min(kv.params.window, later));
+        if (n_window > 0) {
+            query_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_window*n_seqs);
+            ggml_set_input(query_idxs);
+            ggml_set_name(query_idxs, "attn_inp_query_idxs");
+        }
+    }
+
+    if (kv.rotation) {
+        self_k_rot = kv.rotation->build_input_k_rot(ctx);
+        self_v_rot = kv.rotation->build_input_v_rot(ctx);
+    }
+}
+
+void ziggurat_kv_input::set_input(const llama_ubatch * ubatch) {
+    const auto & kv = *mctx_kv->kv;
+
+    for (const auto & c : masks) {
+        GGML_ASSERT(ggml_backend_buffer_is_host(c.mask->buffer));
+        if (c.mask->type == GGML_TYPE_F16) {
+            fill_mask<ggml_fp16_t>(c.mask, plans[c.il].past);
+        } else {
+            fill_mask<float>(c.mask, plans[c.il].past);
+        }
+    }
+
+    GGML_ASSERT(ggml_backend_buffer_is_host(row_idxs->buffer));
+    int64_t * idx = (int64_t *) row_idxs->data;
+    for (int64_t column = 0; column < row_idxs->ne[1]; ++column) {
+        const uint32_t il = step.layer < 0 ? column : step.layer;
+        for (uint32_t s = 0; s < n_seqs; ++s, idx += n_seq_tokens) {
+            const int64_t place = step.staged ? 0 : (int64_t) (first + s)*kv.layers[il].capacity;
+            std::iota(idx, idx + n_seq_tokens, place + plans[il].past[s]);
+        }
+    }
+
+    if (query_idxs) {
+        GGML_ASSERT(ggml_backend_buffer_is_host(query_idxs->buffer));
+        int64_t * ring = (int64_t *) query_idxs->data;
+        const int64_t window = kv.params.window;
+        for (uint32_t s = 0; s < n_seqs; ++s) {
+            // a ubatch that ends before its segment does holds the first of the window's tokens last
+            const llama_pos * pos = ubatch->pos + (s + 1)*n_seq_tokens - n_window;
+            for (uint32_t i = 0; i < n_window; ++i) {
+                *ring++ = (first + s)*window + pos[i] % window;
+            }
+        }
+    }
+
+    if (self_k_rot && self_k_rot->buffer) {
+        kv.rotation->set_input_k_rot(self_k_rot);
+    }
+    if (self_v_rot && self_v_rot->buffer) {
+        kv.rotation->set_input_v_rot(self_v_rot);
+    }
+}
+
+bool ziggurat_kv_input::can_reuse(const llm_graph_params & params) {
+    const auto * mctx = dynamic_cast<const ziggurat_kv_context *>(params.mctx);
+    if (mctx == nullptr || step.staged || mctx->current().staged) {
+        return false; // a prompt's graphs differ in layer, chunk or number of rows
+    }
+    if (params.ubatch.n_tokens != n_tokens || mctx->n_seqs(params.ubatch) != n_seqs || mctx->first_seq(params.ubatch) != first) {
+        return false;
+    }
+    auto now = mctx->plans(params.ubatch);
+    for (uint32_t il = 0; il < now.size(); ++il) {
+        if (now[il].n_kv != plans[il].n_kv || now[il].past != now[masks[class_of[il]].il].past) {
+            return false;
+        }
+    }
+    mctx_kv = mctx;
+    plans   = std::move(now);
+    return true;
+}
+
+ggml_tensor * ziggurat_kv_input::mask_of(ggml_context * ctx, uint32_t il) {
+    ggml_tensor  * mask  = masks[class_of[il]].mask;
+    const uint32_t shift = plans[il].shift;
+    if (shift == 0) {
+        return mask;
+    }
+    return ggml_cont(ctx, ggml_view_2d(ctx, mask, mask->ne[0] - shift, mask->ne[1], mask->nb[1], shift*mask->nb[0]));
+}
+
+void ziggurat_kv_input::store(
+        ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, int il,
+        ggml_tensor ** k, ggml_tensor ** v, ggml_tensor ** kq_mask) {
+    auto & layer = mctx_kv->kv->layers[il];
+
+    const auto & plan = plans[il];
+
+    ggml_tensor * k_rows = step.staged ? layer.stage_k : layer.k;
+    ggml_tensor * v_rows = step.staged ? layer.stage_v : layer.v;
+
+    if (plan.n_copy > 0) {
+        effects[il].push_back(copy_rows(ctx, layer.k, first*layer.k->nb[2], k_rows, plan.shift*k_rows->nb[1], plan.n_copy));
+        effects[il].push_back(copy_rows(ctx, layer.v, first*layer.v->nb[2], v_rows, plan.shift*v_rows->nb[1], plan.n_copy));
+    }
+
+    ggml_tensor * idxs = ggml_view_1d(ctx, row_idxs, n_tokens, (step.layer < 0 ? il : 0)*row_idxs->nb[1]);
+    const auto put = [&](ggml_tensor * rows, ggml_tensor * cur) {
+        GGML_ASSERT(ggml_row_size(cur->type, cur->ne[0]) == cur->nb[1]); // heads of a token lie side by side
+        cur = ggml_view_2d(ctx, cur, cur->ne[0]*cur->ne[1], n_tokens, cur->nb[2], 0);
+        if (rows->ne[2] > 1) {
+            rows = ggml_reshape_2d(ctx, rows, rows->ne[0], rows->ne[1]*rows->ne[2]); // sequence after sequence
+        }
+        effects[il].push_back(ggml_set_rows(ctx, rows, cur, idxs));
+    };
+    put(k_rows, k_cur);
+    put(v_rows, v_cur);
+    for (auto * node : effects[il]) {
+        ggml_build_forward_expand(gf, node);
+    }
+
+    const auto get = [&](ggml_tensor * rows, int64_t d) {
+        const size_t offset = step.staged ? plan.shift*rows->nb[1] : first*rows->nb[2];
+        ggml_tensor * view = ggml_view_4d(ctx, rows, d, layer.n_head_kv, plan.n_kv - plan.shift, n_seqs,
+                ggml_row_size(rows->type, d), rows->nb[1], rows->nb[2], offset);
+        attended[view] = il;
+        return view;
+    };
+    *k = get(k_rows, k_cur->ne[0]);
+    *v = get(v_rows, v_cur->ne[0]);
+    *kq_mask = mask_of(ctx, il);
+}
+
+void ziggurat_kv_input::keep_queries(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, int il) {
+    auto & layer = mctx_kv->kv->layers[il];
+
+    const int64_t width = layer.queries->ne[0];
+    if (!ggml_is_contiguous(q)) {
+        q = ggml_cont(ctx, q);
+    }
+    for (uint32_t s = 0; s < n_seqs; ++s) {
+        // sequences of one token each lie side by side like the tokens of one
+        const uint32_t n = n_seq_tokens == 1 ? n_seqs : n_window;
+        ggml_tensor * rows = ggml_view_2d(ctx, q, width, n, q->nb[2], ((s + 1)*n_seq_tokens - n_window)*q->nb[2]);
+        ggml_tensor * idxs = ggml_view_1d(ctx, query_idxs, n, s*n_window*query_idxs->nb[0]);
+        effects[il].push_back(ggml_set_rows(ctx, layer.queries, rows, idxs));
+        ggml_build_forward_expand(gf, effects[il].back());
+        if (n_seq_tokens == 1) {
+            break;
+        }
+    }
+}
+
+void ziggurat_kv_input::finish(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ggml_tensor * q, float kq_scale, int il) {
+    auto & kv    = *mctx_kv->kv;
+    auto & layer = kv.layers[il];
+
+    layer.kq_scale = kq_scale;
+
+    if (step.layer >= 0 && step.layer != il) {
+        return; // the graph is cut down to another layer
+    }
+    if (query_idxs) {
+        keep_queries(ctx, gf, q, il);
+    }
+
+    const auto & plan = plans[il];
+    if (plan.target == 0) {
+        return;
+    }
+    const uint32_t n     = plan.past[0] - plan.shift + n_tokens; // rows of this layer
+    const size_t   shift = plan.shift;
+    const uint32_t held  = n - step.total; // before the segment
+
+    if (plan.target == n) { // nothing has to go
+        const auto keep = [&](ggml_tensor * from, ggml_tensor * to) {
+            effects[il].push_back(copy_rows(ctx, from, (shift + held)*from->nb[1],
+                        to, first*to->nb[2] + held*to->nb[1], step.total));
+            ggml_build_forward_expand(gf, effects[il].back());
+        };
+        keep(layer.stage_k, layer.k);
+        keep(layer.stage_v, layer.v);
+        return;
+    }
+
+    ziggurat_kv_selection sel;
+    sel.il       = il;
+    sel.seq_id   = first;
+    sel.n        = n;
+    sel.fixed    = kv.seqs[first].fixed[il];
+    sel.target   = plan.target;
+    sel.last     = kv.seqs[first].next + step.total - 1;
+    sel.k        = layer.stage_k;
+    sel.v        = layer.stage_v;
+    sel.k_offset = shift*layer.stage_k->nb[1];
+    sel.v_offset = shift*layer.stage_v->nb[1];
+    const auto writes = ziggurat_kv_build_selection(ctx, gf, res, kv, sel);
+    effects[il].insert(effects[il].end(), writes.begin(), writes.end());
+}
+
+std::unique_ptr<ziggurat_kv_input> ziggurat_kv_make_input(
+        const llama_hparams & hparams, const llama_cparams & cparams, const llama_memory_context_i * mctx,
+        ggml_context * ctx, const llama_ubatch & ubatch) {
+    const auto * mctx_kv = dynamic_cast<const ziggurat_kv_context *>(mctx);
+    return mctx_kv ? std::make_unique<ziggurat_kv_input>(hparams, cparams, mctx_kv, ctx, ubatch) : nullptr;
+}

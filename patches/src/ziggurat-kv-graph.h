@@ -1,0 +1,91 @@
+#pragma once
+
+// What a KV budget adds to the model's graph: rows are stored in place or in the stage, attention reads them there,
+// and after the last ubatch of a prompt each layer selects the rows that it keeps.
+
+#include "ziggurat-kv-cache.h"
+
+#include "llama-graph.h"
+
+#include <unordered_map>
+#include <vector>
+
+// One layer of one sequence that selects `target` of its `n` rows.
+struct ziggurat_kv_selection {
+    uint32_t     il     = 0;
+    llama_seq_id seq_id = 0;
+    uint32_t     n      = 0; // rows there are
+    uint32_t     fixed  = 0; // the first of them whose positions are in layer.positions
+    uint32_t     target = 0;
+    llama_pos    last   = 0; // position of the last row
+    ggml_tensor * k     = nullptr; // [n_embd_k_gqa, rows, ...], of which `n` are the sequence's
+    ggml_tensor * v     = nullptr;
+    size_t       k_offset = 0; // bytes to the first of them
+    size_t       v_offset = 0;
+};
+
+// Adds a selection to a graph: rows, in the order of their positions, and their positions go to the sequence's place in
+// the cache. Returns the nodes that write.
+std::vector<ggml_tensor *> ziggurat_kv_build_selection(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel);
+
+class ziggurat_kv_input : public llm_graph_input_attn_kv {
+public:
+    ziggurat_kv_input(
+            const llama_hparams       & hparams,
+            const llama_cparams       & cparams,
+            const ziggurat_kv_context * mctx,
+            ggml_context              * ctx,
+            const llama_ubatch        & ubatch);
+
+    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llm_graph_params & params) override;
+
+    ziggurat_kv_input * get_budget() override { return this; }
+
+    // Stores the new rows of a layer; returns what its attention reads. k_cur: [n_embd_head, n_head_kv, n_tokens].
+    void store(
+            ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * k_cur, ggml_tensor * v_cur, int il,
+            ggml_tensor ** k, ggml_tensor ** v, ggml_tensor ** kq_mask);
+
+    // After a layer's attention: keeps the window's queries, selects. q: [n_embd_head, n_head, n_tokens].
+    void finish(ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ggml_tensor * q, float kq_scale, int il);
+
+    // nodes of a layer on which its output does not depend: they write into the cache
+    std::vector<std::vector<ggml_tensor *>> effects; // [n_layer]
+
+    // the rows that a layer's attention reads, by tensor: whoever depends on one contains that layer
+    std::unordered_map<const ggml_tensor *, int> attended;
+
+private:
+    ggml_tensor * mask_of(ggml_context * ctx, uint32_t il);
+    void keep_queries(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, int il);
+
+    // Layers whose sequences are filled alike share a mask.
+    struct mask_class {
+        uint32_t      il;             // the first of them
+        ggml_tensor * mask = nullptr; // F16 or F32 [n_kv, n_seq_tokens, 1, n_seqs]
+    };
+
+    const ziggurat_kv_context * mctx_kv;
+
+    std::vector<ziggurat_kv_plan> plans;    // [n_layer]
+    std::vector<mask_class>       masks;
+    std::vector<uint32_t>         class_of; // [n_layer]
+
+    ggml_tensor * row_idxs   = nullptr; // I64 [n_tokens, n_layer, or 1 if one layer is computed]
+    ggml_tensor * query_idxs = nullptr; // I64 [n_window*n_seqs]: rows of the ring
+
+    const ziggurat_kv_step step;
+
+    uint32_t     n_tokens     = 0;
+    uint32_t     n_seq_tokens = 0;
+    uint32_t     n_seqs       = 1;
+    uint32_t     n_window     = 0; // tokens of the ubatch, per sequence, that are in the observation window
+    llama_seq_id first        = 0; // sequence
+};
+
+// The input of a graph whose memory has a budget, nullptr for upstream's memory.
+std::unique_ptr<ziggurat_kv_input> ziggurat_kv_make_input(
+        const llama_hparams & hparams, const llama_cparams & cparams, const llama_memory_context_i * mctx,
+        ggml_context * ctx, const llama_ubatch & ubatch);

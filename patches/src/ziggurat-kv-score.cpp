@@ -1,0 +1,161 @@
+#include "ziggurat-kv-score.h"
+
+#include "llama-impl.h"
+
+#include "ggml.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+namespace {
+
+// The observation window's queries as the ring holds them: which rows each of them sees, and what it weighs.
+class window_input : public llm_graph_input_i {
+public:
+    window_input(ggml_context * ctx, uint32_t n, uint32_t window, uint32_t n_group, llama_pos last, llama_pos queries_from) :
+        last(last), queries_from(queries_from) {
+        mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n, window);
+        ggml_set_input(mask);
+        ggml_set_name(mask, "kv_window_mask");
+        weights = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, window*n_group);
+        ggml_set_input(weights);
+        ggml_set_name(weights, "kv_window_weights");
+    }
+
+    void set_input(const llama_ubatch *) override {
+        const int64_t n      = mask->ne[0];
+        const int64_t window = mask->ne[1];
+        const int64_t group  = weights->ne[1]/window;
+
+        std::vector<ggml_fp16_t> rows(n*window);
+        std::vector<float>       shares(window*group, 0.0f);
+        std::vector<int64_t>     valid;
+
+        for (int64_t r = 0; r < window; ++r) {
+            // the latest position p with p % window == r; the rows of the window are consecutive
+            const int64_t age = (((int64_t) last - r) % window + window) % window;
+            const int64_t see = std::clamp<int64_t>(n - age, 1, n);
+            std::fill(rows.begin() + r*n,       rows.begin() + r*n + see, ggml_fp32_to_fp16(0.0f));
+            std::fill(rows.begin() + r*n + see, rows.begin() + (r + 1)*n, ggml_fp32_to_fp16(-INFINITY));
+            if (last - age >= queries_from) {
+                valid.push_back(r);
+            }
+        }
+        for (const int64_t r : valid) {
+            for (int64_t g = 0; g < group; ++g) {
+                shares[g*window + r] = 1.0f/(valid.size()*group);
+            }
+        }
+        ggml_backend_tensor_set(mask,    rows.data(),   0, ggml_nbytes(mask));
+        ggml_backend_tensor_set(weights, shares.data(), 0, ggml_nbytes(weights));
+    }
+
+    ggml_tensor * mask    = nullptr; // F16 [n, window]
+    ggml_tensor * weights = nullptr; // F32 [1, window*n_group]
+
+private:
+    const llama_pos last;
+    const llama_pos queries_from;
+};
+
+// Uniform numbers that depend on seed, layer, KV head, row and the sequence's length, and on nothing else.
+class noise_input : public llm_graph_input_i {
+public:
+    noise_input(ggml_context * ctx, uint32_t n, uint32_t n_head_kv, uint64_t key) : key(key) {
+        scores = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n_head_kv);
+        ggml_set_input(scores);
+        ggml_set_name(scores, "kv_noise");
+    }
+
+    void set_input(const llama_ubatch *) override {
+        std::vector<float> values(ggml_nelements(scores));
+        for (size_t i = 0; i < values.size(); ++i) {
+            values[i] = (float) (mixed(key + i) >> 40)/(1 << 24);
+        }
+        ggml_backend_tensor_set(scores, values.data(), 0, ggml_nbytes(scores));
+    }
+
+    // a bijection that leaves no visible structure (the finalizer of splitmix64, Steele et al. 2014)
+    static uint64_t mixed(uint64_t x) {
+        x += 0x9e3779b97f4a7c15;
+        x = (x ^ (x >> 30))*0xbf58476d1ce4e5b9;
+        x = (x ^ (x >> 27))*0x94d049bb133111eb;
+        return x ^ (x >> 31);
+    }
+
+    ggml_tensor * scores = nullptr;
+
+private:
+    const uint64_t key;
+};
+
+ggml_tensor * pooled(ggml_context * ctx, ggml_tensor * scores, const ziggurat_kv_params & params) {
+    if (params.pool <= 1) {
+        return scores;
+    }
+    const int side = params.pool/2;
+    if (params.pool_type == ZIGGURAT_KV_POOL_MAX) {
+        return ggml_pool_1d(ctx, scores, GGML_OP_POOL_MAX, params.pool, 1, side);
+    }
+    // ggml's average leaves out what lies beyond the borders; the published scores count it as zeros
+    scores = ggml_pad_ext(ctx, scores, side, side, 0, 0, 0, 0, 0, 0);
+    return ggml_pool_1d(ctx, scores, GGML_OP_POOL_AVG, params.pool, 1, 0);
+}
+
+// SnapKV: how much attention the window's queries pay to each row, averaged over them and over the query heads of a KV
+// head (in F32, causal within the window), then pooled.
+ggml_tensor * snapkv(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    const auto & layer = kv.layers[sel.il];
+
+    const int64_t window = kv.params.window;
+    const int64_t group  = layer.n_head/layer.n_head_kv;
+    const int64_t d      = layer.queries->ne[0]/layer.n_head;
+
+    auto * input = (window_input *) res->add_input(std::make_unique<window_input>(
+            ctx, sel.n, window, group, sel.last, kv.seqs[sel.seq_id].queries_from));
+
+    ggml_tensor * queries = ggml_view_3d(ctx, layer.queries, d, layer.n_head, window,
+            ggml_row_size(layer.queries->type, d), layer.queries->nb[1], sel.seq_id*window*layer.queries->nb[1]);
+    if (queries->type != GGML_TYPE_F32) {
+        queries = ggml_cast(ctx, queries, GGML_TYPE_F32);
+    }
+    const size_t head_size = ggml_row_size(sel.k->type, d);
+
+    ggml_tensor * scores = nullptr;
+    // one KV head at a time: all together would need n*window*n_head floats
+    for (int64_t h = 0; h < layer.n_head_kv; ++h) {
+        ggml_tensor * k = ggml_view_2d(ctx, sel.k, d, sel.n, sel.k->nb[1], sel.k_offset + h*head_size);
+        ggml_tensor * q = ggml_view_3d(ctx, queries, d, window, group, queries->nb[2], queries->nb[1], h*group*queries->nb[1]);
+
+        ggml_tensor * s = ggml_mul_mat(ctx, k, q); // [n, window, group]
+        ggml_prec_set_acc(s, GGML_PREC_F32);
+        s = ggml_soft_max_ext(ctx, s, input->mask, layer.kq_scale, 0.0f);
+        s = ggml_out_prod(ctx, ggml_reshape_2d(ctx, s, sel.n, window*group), input->weights); // [n, 1]
+        scores = scores ? ggml_concat(ctx, scores, s, 1) : s;
+        // now, or the temporaries of all heads may live at once
+        ggml_build_forward_expand(gf, scores);
+    }
+    scores = ggml_cont(ctx, ggml_view_2d(ctx, scores, sel.n - window, layer.n_head_kv, scores->nb[1], 0));
+    return pooled(ctx, scores, kv.params);
+}
+
+ggml_tensor * random_scores(
+        ggml_context * ctx, ggml_cgraph *, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    const uint64_t key = noise_input::mixed(((uint64_t) kv.params.seed << 32) + sel.last) + noise_input::mixed(sel.il);
+    auto * input = (noise_input *) res->add_input(std::make_unique<noise_input>(
+            ctx, sel.n - kv.params.window, kv.layers[sel.il].n_head_kv, key));
+    return input->scores;
+}
+
+} // namespace
+
+ggml_tensor * ziggurat_kv_build_scores(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    switch (kv.params.score) {
+        case ZIGGURAT_KV_SCORE_SNAPKV: return snapkv(ctx, gf, res, kv, sel);
+        case ZIGGURAT_KV_SCORE_RANDOM: return random_scores(ctx, gf, res, kv, sel);
+        default:                       return nullptr;
+    }
+}
