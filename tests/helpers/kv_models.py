@@ -8,12 +8,13 @@ import numpy as np
 
 from helpers.tiny_models import Shape, write_model
 
-#: Heads alike and grouped in every way; `wide` heads of 64 are rotated before they are quantized, 32 are not.
+#: Heads alike and grouped in every way; in `uneven` another way in each layer, and its graph goes through the lane.
+#: `wide` heads of 64 are rotated before they are quantized, those of 32 are not.
 SHAPES = {
     "mha": Shape(n_layer=3, n_head=4, n_head_kv=4),
     "gqa": Shape(n_layer=3, n_head=4, n_head_kv=2),
     "mqa": Shape(n_layer=3, n_head=4, n_head_kv=1),
-    "uneven": Shape(n_layer=3, n_head=4, n_head_kv=(4, 1, 2)),
+    "uneven": Shape("deci", n_layer=3, n_head=(4, 4, 4), n_head_kv=(4, 1, 2)),
     "head_32": Shape(n_layer=2, n_head=4, n_head_kv=2, head_dim=32),
     "wide": Shape(n_layer=2, n_head=2, n_head_kv=1, head_dim=64),
 }

@@ -12,8 +12,8 @@ from helpers.kv_models import tokens
 from helpers.tiny_models import Shape, write_model
 from ziggurat.runtime.bindings.memory import measure
 
-SHAPE = Shape(n_layer=3, n_head=4, n_head_kv=(4, 1, 2), head_dim=32)
-GRANITE = Shape("granite", n_layer=3, n_head=4, n_head_kv=2, head_dim=32)
+SHAPE = Shape(n_layer=3, n_head=4, n_head_kv=2, head_dim=32)
+UNEVEN = Shape("deci", n_layer=3, n_head=(4, 4, 4), n_head_kv=(4, 1, 2), head_dim=32)
 BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 N_CTX = 1024
 
@@ -22,7 +22,7 @@ def padded(n: int) -> int:
     return -(-n // 256) * 256
 
 
-@pytest.mark.parametrize("shape", [SHAPE, GRANITE], ids=["layer_major", "lane"])
+@pytest.mark.parametrize("shape", [SHAPE, UNEVEN], ids=["layer_major", "lane"])
 @pytest.mark.parametrize("types", [("f32", "f32"), ("f16", "f16"), ("q8_0", "f16")], ids="-".join)
 @pytest.mark.parametrize(
     "budget",
@@ -44,7 +44,7 @@ def test_bytes(shape: Shape, types: tuple[str, str], budget: Budget, n_seq: int,
     capacity = [N_CTX if full else padded(n + budget.slack) for n in rows]
     per_query = shape.head_dim * budget.window * (4 if types[0] == "f32" else 2)
     scored = budget.score == "snapkv" and not full
-    lane = shape.arch == "granite"
+    lane = shape.arch == "deci"
     with BudgetModel(write_model(tmp_path / "m.gguf", shape)) as model:
         with model.context(N_CTX, budget, n_seq=n_seq, types=types, ubatch=64) as context:
             layout = context.layout()
