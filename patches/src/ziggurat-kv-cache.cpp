@@ -83,7 +83,7 @@ static void check_params(const ziggurat_kv_params & params, const llama_hparams 
     }
     if (params.pool_type < ZIGGURAT_KV_POOL_AVG || params.pool_type > ZIGGURAT_KV_POOL_MAX ||
         params.score < ZIGGURAT_KV_SCORE_SNAPKV || params.score > ZIGGURAT_KV_SCORE_RANDOM ||
-        params.prefill < ZIGGURAT_KV_PREFILL_EXACT || params.prefill > ZIGGURAT_KV_PREFILL_CHUNKED) {
+        params.prefill < ZIGGURAT_KV_PREFILL_EXACT || params.prefill > ZIGGURAT_KV_PREFILL_LANE) {
         fail("an unknown pooling, score or prefill");
     }
     for (uint32_t il = 0; il < params.n_layer; ++il) {
@@ -124,7 +124,7 @@ ziggurat_kv_cache::ziggurat_kv_cache(
     }
 
     if (evicts) {
-        layer_major = can_cut();
+        layer_major = params.prefill != ZIGGURAT_KV_PREFILL_LANE && can_cut();
         if (!layer_major && params.prefill == ZIGGURAT_KV_PREFILL_BOUNDED) {
             throw std::runtime_error("KV budget: this model's graph cannot be cut into layers, so that reading a prompt "
                                      "exactly takes the full cache of one prompt; use the exact or the chunked prefill");
@@ -630,8 +630,9 @@ std::vector<llama_memory_context_ptr> ziggurat_kv_cache::init_staged() {
         return res;
     }
     const uint32_t tokens = std::min(n_ubatch, stage_rows);
+    const uint32_t total  = params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED ? tokens : stage_rows;
 
-    ziggurat_kv_step step = { 0, -1, true, stage_rows - tokens, stage_rows, stage_rows == tokens, true };
+    ziggurat_kv_step step = { 0, -1, true, total - tokens, total, total == tokens, true };
     if (!layer_major) {
         res.push_back(std::make_unique<ziggurat_kv_context>(this, &step));
         return res;

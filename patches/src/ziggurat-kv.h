@@ -30,6 +30,7 @@ enum ziggurat_kv_prefill {
                                      // be cut, else in a lane that holds the full cache of one prompt
     ZIGGURAT_KV_PREFILL_BOUNDED = 1, // the same, but never a lane: a model whose graph cannot be cut is refused
     ZIGGURAT_KV_PREFILL_CHUNKED = 2, // select after every ubatch: lossy
+    ZIGGURAT_KV_PREFILL_LANE    = 3, // as exact, but in the lane though the graph could be cut: fewer and larger graphs
 };
 
 enum ziggurat_kv_pool {

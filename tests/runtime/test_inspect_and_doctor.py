@@ -141,7 +141,7 @@ def test_doctor_reports_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> No
 def _pretend(monkeypatch: pytest.MonkeyPatch, **library: Any) -> None:
     found = {
         "path": "/lib",
-        "package_version": "0.3.36+ziggurat.1",
+        "package_version": "0.3.36+ziggurat.2",
         "llama_version": "0",
         "ziggurat_version": "1",
         "patched": True,
