@@ -587,30 +587,27 @@ llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & ball
     std::vector<llama_ubatch>     ubatches;
     std::vector<ziggurat_kv_step> steps;
 
+    // The order of the splits is the order of the outputs, so it has to be the order of the steps.
+    const auto split = [&](const std::function<bool(llama_seq_id)> & among) {
+        std::vector<size_t> own;
+        while (true) {
+            auto ubatch = n_seq == 1 && needs[0] == need::in_place ? balloc.split_simple(n_ubatch)
+                                                                   : balloc.split_equal(n_ubatch, true, 0, among);
+            if (ubatch.n_tokens == 0) {
+                return own;
+            }
+            own.push_back(ubatches.size());
+            ubatches.push_back(std::move(ubatch)); // NOLINT
+        }
+    };
     // what is written in place is split as upstream's cache of one stream per sequence splits it
-    while (true) {
-        auto ubatch = n_seq == 1 && needs[0] == need::in_place ? balloc.split_simple(n_ubatch)
-                    : balloc.split_equal(n_ubatch, true, 0, [&](llama_seq_id s) { return needs[s] == need::in_place; });
-        if (ubatch.n_tokens == 0) {
-            break;
-        }
-        steps.push_back({ ubatches.size(), -1, false, 0, ubatch.n_tokens, true, true });
-        ubatches.push_back(std::move(ubatch)); // NOLINT
+    for (const size_t i : split([&](llama_seq_id s) { return needs[s] == need::in_place; })) {
+        steps.push_back({ i, -1, false, 0, ubatches[i].n_tokens, true, true });
     }
-
     // then one prompt after the other
-    std::map<llama_seq_id, std::vector<size_t>> own;
-    while (true) {
-        auto ubatch = balloc.split_seq(n_ubatch);
-        if (ubatch.n_tokens == 0) {
-            break;
-        }
-        own[ubatch.seq_id[0][0]].push_back(ubatches.size());
-        ubatches.push_back(std::move(ubatch)); // NOLINT
-    }
     for (const auto s : order) {
         if (needs[s] == need::staged) {
-            add_steps(steps, ubatches, own[s], s);
+            add_steps(steps, ubatches, split([&](llama_seq_id other) { return other == s; }), s);
         }
     }
     if (balloc.get_n_used() < balloc.get_n_tokens()) {
@@ -629,7 +626,7 @@ std::vector<llama_memory_context_ptr> ziggurat_kv_cache::init_staged() {
     if (!evicts) {
         return res;
     }
-    const uint32_t tokens = std::min(n_ubatch, stage_rows);
+    const uint32_t tokens = std::min(n_ubatch, n_ctx);
     const uint32_t total  = params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED ? tokens : stage_rows;
 
     ziggurat_kv_step step = { 0, -1, true, total - tokens, total, total == tokens, true };
