@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 SCORES = ("snapkv", "recent", "random")
-PREFILLS = ("exact", "bounded", "chunked")
+PREFILLS = ("exact", "bounded", "chunked", "lane")
 POOLS = ("avg", "max")
 ROOM = 1 << 20
 
@@ -286,7 +286,8 @@ class BudgetContext:
             raise Refused(f"no positions of sequence {sequence}, layer {layer}")
         values = np.full(count, -1, np.int32)
         call(self._context, sequence, layer, values.ctypes.data, count)
-        return values.reshape(-1, max(self.rows(sequence)[layer], 1))
+        rows = self.rows(sequence)[layer]
+        return values.reshape(-1, rows) if rows else values.reshape(0, 0)
 
     def kept(self, sequence: int = 0) -> list[Ints]:
         """Positions of every layer's rows."""

@@ -1,6 +1,8 @@
 """The exact-copy model finds its needle under a KV budget, whatever the batches; and does not where it cannot.
 
-Two of its layers attend to one known row each, with certainty. What selects by attention keeps those rows.
+Its second layer attends to one known row, with certainty, so SnapKV's score of that row is 1 / window. Filler tokens of
+the window that stood once before in the text have the same score, so that with a wide window and a short text (few
+repetitions) there can be more such rows than the budget has; a window of 8 with pools of 5 fits 64 rows in any text.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ def copier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copier]:
         yield loaded
 
 
-def budget(rows: int, score: str = "snapkv", prefill: str = "exact") -> Budget:
-    return Budget((rows,) * LAYERS, window=32, sinks=4, pool=5, slack=64, score=score, prefill=prefill)
+def budget(rows: int, score: str = "snapkv", prefill: str = "exact", window: int = 32) -> Budget:
+    return Budget((rows,) * LAYERS, window=window, sinks=4, pool=5, slack=64, score=score, prefill=prefill)
 
 
 def finds(copier: Copier, length: int, depth: float, budget: Budget, cache: Cache) -> bool:
@@ -38,22 +40,22 @@ def finds(copier: Copier, length: int, depth: float, budget: Budget, cache: Cach
 @pytest.mark.parametrize("rows", [64, 128, 256, 512, 1024])
 @pytest.mark.parametrize("ubatch", [32, 512, 4352])
 def test_needle_at_4096(copier: Copier, rows: int, ubatch: int) -> None:
-    depth = {64: 0.0, 128: 0.25, 256: 0.5, 512: 0.75, 1024: 0.1}[rows]
+    depth = {64: 0.02, 128: 0.25, 256: 0.5, 512: 0.75, 1024: 0.1}[rows]
     assert finds(copier, 4096, depth, budget(rows), Cache("f16", True, ubatch))
 
 
 @pytest.mark.parametrize("rows", [64, 256])
 @pytest.mark.parametrize("cache", [Cache("f16", True, 1), Cache("f32", False, 1)], ids=str)
 def test_needle_token_by_token(copier: Copier, rows: int, cache: Cache) -> None:
-    assert finds(copier, 1024, 0.5, budget(rows), cache)
+    assert finds(copier, 1024, 0.5, budget(rows, window=8), cache)
 
 
 @pytest.mark.parametrize(
     "cache", [Cache("f32", False, 256), Cache("q8_0", True, 256), Cache("f16", False, 96)], ids=str
 )
-@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("depth", [0.02, 0.4, 1.0])
 def test_needle_in_every_cache(copier: Copier, depth: float, cache: Cache) -> None:
-    assert finds(copier, 1500, depth, budget(64), cache)
+    assert finds(copier, 1500, depth, budget(64, window=8), cache)
 
 
 def test_needle_is_lost_without_its_rows(copier: Copier) -> None:
@@ -67,7 +69,7 @@ def test_needle_is_lost_without_its_rows(copier: Copier) -> None:
 def test_chunked_eviction_loses_it(copier: Copier) -> None:
     """The mode that evicts after every ubatch: at the end of a chunk nothing has asked for the needle yet."""
     cache = Cache("f16", True, 512)
-    found = [finds(copier, 4096, depth, budget(128, prefill="chunked"), cache) for depth in (0.0, 0.3, 0.6)]
+    found = [finds(copier, 4096, depth, budget(128, prefill="chunked"), cache) for depth in (0.02, 0.3, 0.6)]
     assert not any(found)
     assert finds(copier, 4096, 0.99, budget(128, prefill="chunked"), cache)
     assert finds(copier, 4096, 0.3, budget(128, prefill="chunked"), Cache("f16", True, 4352))

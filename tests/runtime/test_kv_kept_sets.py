@@ -88,7 +88,7 @@ def test_batch_size_does_not_matter(kv_files: Models, shape: str, options: dict[
         Budget((50, 70, 40), window=32, sinks=4),
         Budget((10, 11, 700)),  # window and sinks alone; the last layer keeps all
         Budget((699, 12, 1024)),
-        Budget((256, 257, 255), slack=0),
+        Budget((256, 257, 255), slack=1),
     ],
     ids=lambda b: f"{b.rows}-w{b.window}-s{b.sinks}-{b.pool}{b.pool_type}",
 )
@@ -129,7 +129,7 @@ def test_turns_continue_on_the_kept_rows(kv_model: BudgetModel, weights: Weights
 
 def test_generation_selects_when_a_layer_is_full(kv_model: BudgetModel, weights: Weights) -> None:
     """By the queries of the last tokens, which were generated; endlessly, far beyond the context."""
-    budget = Budget(ROWS, slack=0)
+    budget = Budget(ROWS, slack=1)
     reference = ReferenceSequence(weights, budget)
     reference.read(tokens(200))
     selections = 0
@@ -176,7 +176,7 @@ def test_selecting_on_request(kv_model: BudgetModel, weights: Weights) -> None:
 def test_a_sequence_with_a_budget_of_its_own(kv_model: BudgetModel, weights: Weights) -> None:
     budget, own = Budget(ROWS), Budget((20, 64, 12))
     reference, other = ReferenceSequence(weights, own), ReferenceSequence(weights, budget)
-    with kv_model.context(512, budget, n_seq=2) as context:
+    with kv_model.context(512, budget, n_seq=2, ubatch=64) as context:
         assert context.set_budget(0, own.rows) == 0
         for sequence, expected in ((0, reference), (1, other)):
             context.read(tokens(300), sequence)

@@ -28,7 +28,7 @@ def padded(n: int) -> int:
     "budget",
     [
         Budget((40, 300, 256), slack=8),
-        Budget((40, 300, 5000), slack=0),
+        Budget((40, 300, 5000), slack=1),
         Budget((248, 249, 64), slack=8, score="recent"),
         Budget((1024, 2000, 1500)),  # nothing can be evicted
     ],

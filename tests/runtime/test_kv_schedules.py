@@ -100,10 +100,8 @@ class Schedule(RuleBasedStateMachine):
         kept: list[Ints] = [positions[:, : positions.shape[1] - new] for positions in self.context.kept(index)]
         reference = sequence.reference
         reference.budget = Budget(sequence.rows, BUDGET.window, BUDGET.sinks)
-        queries = reference.layers[0].queries.shape[1]
         for layer, positions in enumerate(kept):
-            if queries:  # else all were rolled back, and any choice is as good
-                reference.swaps(layer, positions, 1e-4)
+            reference.swaps(layer, positions, 1e-4)
         reference.select(kept)
 
     @rule(parts=st.lists(st.tuples(SEQUENCES, LENGTHS), min_size=1, max_size=N_SEQ, unique_by=lambda part: part[0]))
@@ -135,8 +133,19 @@ class Schedule(RuleBasedStateMachine):
 
     @rule(index=SEQUENCES, n=st.integers(100, 260))
     def generate(self, index: int, n: int) -> None:
-        for token in self._tokens(n):
-            self._account(Part(index, [token]), self.context.read([token], index)[0])
+        """Single tokens, far enough for a selection now and then."""
+        sequence, generated = self.sequences[index], self._tokens(n)
+        while generated:
+            room = min(most - used for used, most in zip(sequence.used, self.capacity, strict=True))
+            some = generated[: max(room, 1)]
+            generated = generated[len(some) :]
+            logits = [self.context.read([token], index)[0] for token in some]
+            if not room:
+                self._account(Part(index, some), logits[0])
+            else:  # at once, which the reference is quicker at
+                sequence.add(len(some))
+                wanted = sequence.reference.read(some).astype(np.float32)
+                assert nmse(np.stack(logits), wanted) < 1e-6
 
     @rule(index=SEQUENCES, off=st.sampled_from([-40, -1, 1, 7]), n=st.sampled_from([1, 5]))
     def wrong_position(self, index: int, off: int, n: int) -> None:
@@ -164,7 +173,12 @@ class Schedule(RuleBasedStateMachine):
 
     @rule(index=SEQUENCES)
     def select(self, index: int) -> None:
-        above = self.sequences[index].select()
+        sequence = self.sequences[index]
+        if sequence.overflows(0) and not sequence.reference.layers[0].queries.size:  # all were rolled back
+            assert self.context.select(index) == -1
+            assert "queries" in self.context.refusal
+            return
+        above = sequence.select()
         assert self.context.select(index) == above
         if above:
             self._follow(index, 0)
@@ -184,11 +198,11 @@ class Schedule(RuleBasedStateMachine):
             assert self.context.last(index) == sequence.reference.n - 1
             assert self.context.rows(index) == tuple(sequence.used) == sequence.reference.rows()
             for layer, cache in zip(self.context.kept(index), sequence.reference.layers, strict=True):
-                assert np.array_equal(layer, cache.positions)
+                assert np.array_equal(layer.ravel(), cache.positions.ravel())
 
 
-@pytest.mark.parametrize(("shape", "ubatch"), [("gqa", 16), ("gqa", None), ("uneven", 16)])
-def test_random_schedules(shape: str, ubatch: int | None, kv_files: Models) -> None:
+@pytest.mark.parametrize(("shape", "ubatch"), [("gqa", 16), ("gqa", 256), ("uneven", 16)])
+def test_random_schedules(shape: str, ubatch: int, kv_files: Models) -> None:
     """Read layer by layer, and in the lane."""
     path = kv_files[shape]
 
@@ -199,7 +213,7 @@ def test_random_schedules(shape: str, ubatch: int | None, kv_files: Models) -> N
     run_state_machine_as_test(
         OfThisModel,
         settings=settings(
-            max_examples=20,
+            max_examples=12,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,

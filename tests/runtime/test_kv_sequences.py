@@ -128,6 +128,22 @@ def test_a_selection_after_a_rollback_uses_the_queries_it_has(kv_model: BudgetMo
             reference.swaps(layer, context.positions(layer), 1e-4)
 
 
+def test_a_selection_without_queries_is_refused(kv_model: BudgetModel) -> None:
+    """All of the window's queries were rolled back; tokens read after that bring new ones."""
+    with kv_model.context(512, BUDGET, ubatch=64) as context:
+        context.read(prompt(0))
+        for token in tokens(30, 1):
+            context.read([token])
+        assert context.remove(0, 310)
+        before = state(context, 0)
+        assert context.select() == -1
+        assert "queries" in context.refusal
+        assert state(context, 0) == before
+        context.read([5])
+        assert context.select() == 3
+        assert context.rows() == ROWS
+
+
 def test_rollback_beyond_a_selection_is_refused(kv_model: BudgetModel) -> None:
     with kv_model.context(512, BUDGET, ubatch=64) as context:
         context.read(prompt(0))
@@ -204,7 +220,7 @@ def test_abort_of_a_step(kv_model: BudgetModel) -> None:
         calls += 1
         return calls > limit
 
-    with kv_model.context(512, BUDGET, n_seq=2, abort=abort) as context:
+    with kv_model.context(512, BUDGET, n_seq=2, ubatch=64, abort=abort) as context:
         for sequence in range(2):
             context.read(prompt(sequence), sequence)
         before = [state(context, sequence) for sequence in range(2)]
@@ -278,12 +294,35 @@ def test_refused_operations_change_nothing(kv_model: BudgetModel) -> None:
         Budget(ROWS, window=0),
         Budget(ROWS, pool=4),
         Budget(ROWS, pool=0),
+        Budget(ROWS, slack=0),
     ],
     ids=str,
 )
 def test_budgets_that_cannot_be(kv_model: BudgetModel, budget: Budget) -> None:
     with pytest.raises(Refused):
         kv_model.context(512, budget)
+
+
+def test_a_budget_of_nothing_but_window_and_sinks(kv_model: BudgetModel) -> None:
+    least = (BUDGET.window + BUDGET.sinks,) * 3
+    for budget, own in ((Budget(least), None), (BUDGET, least)):
+        with kv_model.context(512, budget, ubatch=64) as context:
+            assert context.set_budget(0, own) == 0
+            for text in (tokens(24), tokens(300)):
+                context.read(text)
+                assert context.select() >= 0
+                assert context.rows() == least
+            wanted = [0, 1, *range(324 - BUDGET.window, 324)]
+            assert all((kept == wanted).all() for kept in context.kept())
+
+
+@pytest.mark.parametrize("n_seq", [1, 4])
+def test_a_ubatch_may_be_larger_than_a_context(kv_model: BudgetModel, n_seq: int) -> None:
+    with kv_model.context(256, BUDGET, n_seq=n_seq, ubatch=2048) as context:
+        context.read(tokens(250))
+        with kv_model.context(256, BUDGET, ubatch=64) as other:
+            other.read(tokens(250))
+            assert state(context, 0) == state(other, 0)
 
 
 def test_threads_do_not_matter(kv_model: BudgetModel) -> None:
