@@ -8,7 +8,7 @@ import numpy as np
 
 from helpers.tiny_models import Shape, write_model
 
-#: Heads alike and grouped in every way; in `uneven` another way in each layer, and its graph goes through the lane.
+#: Heads alike and grouped in every way; in `uneven` another way in each layer.
 #: `wide` heads of 64 are rotated before they are quantized, those of 32 are not.
 SHAPES = {
     "mha": Shape(n_layer=3, n_head=4, n_head_kv=4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def padded(n: int) -> int:
     return -(-n // 256) * 256
 
 
-@pytest.mark.parametrize("shape", [SHAPE, UNEVEN], ids=["layer_major", "lane"])
+@pytest.mark.parametrize("shape", [SHAPE, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("lane", [False, True])
 @pytest.mark.parametrize("types", [("f32", "f32"), ("f16", "f16"), ("q8_0", "f16")], ids="-".join)
 @pytest.mark.parametrize(
     "budget",
@@ -35,7 +37,7 @@ def padded(n: int) -> int:
     ids=lambda budget: str(budget.rows),
 )
 @pytest.mark.parametrize("n_seq", [1, 3])
-def test_bytes(shape: Shape, types: tuple[str, str], budget: Budget, n_seq: int, tmp_path: Path) -> None:
+def test_bytes(shape: Shape, lane: bool, types: tuple[str, str], budget: Budget, n_seq: int, tmp_path: Path) -> None:
     heads = [shape.heads(layer) for layer in range(3)]
     key, value = (BYTES[name] for name in types)
     row = [kv * shape.head_dim * (key + value) for _, kv in heads]
@@ -44,7 +46,7 @@ def test_bytes(shape: Shape, types: tuple[str, str], budget: Budget, n_seq: int,
     capacity = [N_CTX if full else padded(n + budget.slack) for n in rows]
     per_query = shape.head_dim * budget.window * (4 if types[0] == "f32" else 2)
     scored = budget.score == "snapkv" and not full
-    lane = shape.arch == "deci"
+    budget = replace(budget, prefill="lane" if lane else "exact")
     with BudgetModel(write_model(tmp_path / "m.gguf", shape)) as model:
         with model.context(N_CTX, budget, n_seq=n_seq, types=types, ubatch=64) as context:
             layout = context.layout()

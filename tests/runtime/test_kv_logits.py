@@ -15,7 +15,7 @@ from helpers.stock import nmse
 from helpers.tiny_models import Shape, write_model
 
 ROWS = (40, 64, 24)
-# Flash attention sums in F16 (values of F16 rows, and weights of all), so another order of rows shows in the logits.
+# Flash attention sums values of F16 rows in F16 and rounds what it multiplies, so another order of rows shows.
 EXACT, FLASH = 1e-6, 1e-5
 KINDS: list[dict[str, Any]] = [
     {"types": ("f32", "f32"), "flash": False},
@@ -86,20 +86,21 @@ def test_prompt_logits_do_not_feel_the_eviction(wide: BudgetModel, ubatch: int |
 def test_logits_after_eviction_are_those_of_masked_rows(kv_files: Models, shape: str, flash: bool) -> None:
     """Single steps and a second prompt over the kept rows of every head."""
     budget = Budget(ROWS)
+    limit = FLASH if flash else EXACT
     reference = ReferenceSequence(Weights(kv_files[shape]), budget)
     full = ReferenceSequence(reference.w)
     with BudgetModel(kv_files[shape]) as model, model.context(512, budget, ubatch=64, flash=flash) as context:
-        assert nmse(context.read(tokens(300), every=True), reference.read(tokens(300)).astype(np.float32)) < 1e-6
+        assert nmse(context.read(tokens(300), every=True), reference.read(tokens(300)).astype(np.float32)) < limit
         full.read(tokens(300))
         reference.select(context.kept())
         for token in tokens(12, 1):
             wanted, unmasked = reference.read([token]), full.read([token])
-            assert nmse(context.read([token]), wanted.astype(np.float32)) < 1e-6
+            assert nmse(context.read([token]), wanted.astype(np.float32)) < limit
             assert nmse(unmasked.astype(np.float32), wanted.astype(np.float32)) > 1e-4  # or this test says nothing
         wanted = reference.read(tokens(50, 2))
-        assert nmse(context.read(tokens(50, 2), every=True), wanted.astype(np.float32)) < 1e-6
+        assert nmse(context.read(tokens(50, 2), every=True), wanted.astype(np.float32)) < limit
         reference.select(context.kept())
-        assert nmse(context.read([9]), reference.read([9]).astype(np.float32)) < 1e-6
+        assert nmse(context.read([9]), reference.read([9]).astype(np.float32)) < limit
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -115,7 +116,7 @@ def test_rows_are_moved_as_they_are(kv_files: Models, shape: str, ubatch: int | 
             stock.read(tokens(300))
             assert stock.remove(0, 4, 300 - 36)
             for token in tokens(8, 1):
-                assert nmse(context.read([token]), stock.read([token])) < 1e-7
+                assert nmse(context.read([token]), stock.read([token])) < (FLASH if kind["flash"] else 1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -132,7 +133,7 @@ def test_scored_rows_are_moved_as_they_are(tmp_path_factory: pytest.TempPathFact
             for position in set(range(300)) - set(context.positions(0)[0].tolist()):
                 assert stock.remove(0, position, position + 1)
             for token in tokens(8, 1):
-                assert nmse(context.read([token]), stock.read([token])) < 1e-7
+                assert nmse(context.read([token]), stock.read([token])) < (FLASH if kind["flash"] else 1e-9)
 
 
 def test_off_is_off(kv_model: BudgetModel) -> None:

@@ -6,7 +6,7 @@ reference (helpers.kv_reference) knows which rows, and the logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -66,12 +66,13 @@ class Schedule(RuleBasedStateMachine):
 
     path: Path
     weights: Weights
+    prefill: str
     options: dict[str, object]
 
     @initialize()
     def start(self) -> None:
         self.model = BudgetModel(self.path)
-        self.context = self.model.context(N_CTX, BUDGET, n_seq=N_SEQ, **self.options)
+        self.context = self.model.context(N_CTX, replace(BUDGET, prefill=self.prefill), n_seq=N_SEQ, **self.options)
         self.capacity = self.context.capacity()
         self.sequences = [self._empty() for _ in range(N_SEQ)]
         self.count = 0
@@ -201,15 +202,18 @@ class Schedule(RuleBasedStateMachine):
                 assert np.array_equal(layer.ravel(), cache.positions.ravel())
 
 
-@pytest.mark.parametrize(("shape", "ubatch"), [("gqa", 16), ("gqa", 256), ("uneven", 16)])
-def test_random_schedules(shape: str, ubatch: int, kv_files: Models) -> None:
+@pytest.mark.parametrize(
+    ("shape", "ubatch", "prefill"), [("gqa", 16, "exact"), ("gqa", 256, "exact"), ("uneven", 16, "lane")]
+)
+def test_random_schedules(shape: str, ubatch: int, prefill: str, kv_files: Models) -> None:
     """Read layer by layer, and in the lane."""
     path = kv_files[shape]
 
     class OfThisModel(Schedule):
         pass
 
-    OfThisModel.path, OfThisModel.weights, OfThisModel.options = path, Weights(path), {"ubatch": ubatch}
+    OfThisModel.path, OfThisModel.weights = path, Weights(path)
+    OfThisModel.prefill, OfThisModel.options = prefill, {"ubatch": ubatch}
     run_state_machine_as_test(
         OfThisModel,
         settings=settings(
