@@ -2,11 +2,16 @@
 
 Documents hide six facts and end with a question about one ("What is the code of Lily's red box?"), so the question was
 seen when rows are chosen. An answer is right if all its digits are. Budgets are a share of the prompt's tokens, the
-mean over the layers. Prints a table in Markdown; the last line is JSON. Accepted is a pyramid or a uniform SnapKV
-budget that keeps 95 % of the full cache's retrieval at 12 % of the rows; the exit status says whether one does.
+mean over the layers. Prints a table in Markdown; the last line is JSON, --json FILE appends it to that file's list.
+Accepted is a pyramid or a uniform SnapKV budget that keeps 95 % of the full cache's retrieval at 12 % of the rows; the
+exit status says whether one does.
+
+When this model reads the question it looks at what follows the key in the document ("is"), and at the digits only
+later, when it says them: they are one to five tokens further. A pool of 5 reaches 2, so it loses them at any budget;
+the maximum over 13 holds the whole answer.
 
 usage: convert tests/reference_model ref.gguf --type bf16
-       python tests/benchmarks/kv_retrieval.py ref.gguf [--lengths 1024,2048,4096] [--trials 4] [--json FILE]
+       python tests/benchmarks/kv_retrieval.py ref.gguf [--pool 5 --pool-type avg] [--trials 4] [--json FILE]
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers.kv_library import Budget, BudgetContext
+from helpers.kv_library import POOLS, Budget, BudgetContext
 from ziggurat.runtime.bindings import Model
 from ziggurat.runtime.budget import allocate
 from ziggurat.runtime.evaluate.filler import TEXT
@@ -36,15 +41,15 @@ POLICIES = {
 }
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ANSWER_TOKENS = 24
-WINDOW, SINKS = 32, 4
+SINKS = 4
 
 
-def budget_of(policy: str, share: float, n_prompt: int, n_layer: int, seed: int) -> Budget:
+def budget_of(policy: str, share: float, n_prompt: int, n_layer: int, seed: int, how: argparse.Namespace) -> Budget:
     """The rows of each layer for a share of the prompt, summed over the layers without loss."""
     schedule, score = POLICIES[policy]
-    total = max(round(share * n_prompt * n_layer), n_layer * (WINDOW + SINKS))
-    rows = allocate(total, n_layer, schedule=schedule, window=WINDOW, sinks=SINKS, prompt_tokens=n_prompt)
-    return Budget(tuple(rows), WINDOW, SINKS, pool=5, slack=64, score=score, seed=seed)
+    total = max(round(share * n_prompt * n_layer), n_layer * (how.window + SINKS))
+    rows = allocate(total, n_layer, schedule=schedule, window=how.window, sinks=SINKS, prompt_tokens=n_prompt)
+    return Budget(tuple(rows), how.window, SINKS, how.pool, how.pool_type, slack=64, score=score, seed=seed)
 
 
 def answer(model: Model, needle: Needle, budget: Budget | None, threads: int) -> str:
@@ -78,7 +83,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for trial, needle in enumerate(needles):
                     n_prompt = len(needle.prompt)
                     full = policy == "full"
-                    budget = None if full else budget_of(policy, share, n_prompt, model.n_layer, trial)
+                    budget = None if full else budget_of(policy, share, n_prompt, model.n_layer, trial, options)
                     right += is_correct(needle, answer(model, needle, budget, options.threads), ())
                 yield {"length": length, "policy": policy, "share": share, "right": right, "trials": len(needles)}
                 seconds = time.monotonic() - begun
@@ -118,10 +123,13 @@ def main() -> int:
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--shares", default="0.05,0.12,0.25,0.5", help="of the prompt's tokens")
     parser.add_argument("--trials", type=int, default=4, help=f"documents at each of the depths {DEPTHS}")
+    parser.add_argument("--window", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=13, help="(default: %(default)s)")
+    parser.add_argument("--pool-type", choices=POOLS, default="max", help="(default: %(default)s)")
     parser.add_argument("--facts", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=Path, help="append the result to this file's list")
     options = parser.parse_args()
     cells = list(measure(options))
     print(table(cells))
@@ -129,11 +137,13 @@ def main() -> int:
     kept = {p: accuracy(cells, p, 0.12) / full for p in ("pyramid", "snapkv") if full and p in options.policies}
     result = {
         "benchmark": "kv_retrieval", "model": options.model.name, "question_seen": True, "facts": options.facts,
-        "trials": options.trials * len(DEPTHS), "seed": options.seed, "window": WINDOW, "sinks": SINKS,
+        "trials": options.trials * len(DEPTHS), "seed": options.seed, "window": options.window, "sinks": SINKS,
+        "pool": options.pool, "pool_type": options.pool_type,
         "full": full, "kept_at_12_percent": kept, "accepted": max(kept.values(), default=0.0) >= 0.95, "cells": cells,
     }  # fmt: skip
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        known = json.loads(options.json.read_text()) if options.json.exists() else []
+        options.json.write_text(json.dumps([*known, result], indent=1) + "\n")
     print(json.dumps(result))
     return 0 if result["accepted"] else 1
 
