@@ -1,7 +1,7 @@
 #include "ziggurat-kv-cache.h"
 
+#include "ziggurat-kv-context.h"
 #include "ziggurat-kv-cut.h"
-#include "ziggurat-kv-graph.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -14,56 +14,7 @@
 static constexpr uint32_t ROW_PADDING = ZIGGURAT_KV_ROW_PADDING;
 
 //
-// ziggurat_kv_arena
-//
-
-ggml_context * ziggurat_kv_arena::context(ggml_backend_buffer_type_t buft, size_t n_tensors) {
-    auto & ctx = open[buft];
-    if (!ctx) {
-        ctx.reset(ggml_init({ n_tensors*ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true }));
-        if (!ctx) {
-            throw std::runtime_error("failed to create a ggml context for the KV rows");
-        }
-    }
-    return ctx.get();
-}
-
-void ziggurat_kv_arena::allocate(bool no_alloc) {
-    for (auto & [buft, ctx] : open) {
-        ggml_backend_buffer_t buf = no_alloc ? ggml_backend_buft_alloc_buffer(buft, 0)
-                                             : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
-        if (!buf) {
-            throw std::runtime_error(format("failed to allocate %.0f MiB of KV rows",
-                        ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft)/1048576.0));
-        }
-        if (no_alloc) {
-            // with a buffer of their own the scheduler does not allocate them
-            for (auto * t = ggml_get_first_tensor(ctx.get()); t != nullptr; t = ggml_get_next_tensor(ctx.get(), t)) {
-                t->buffer = buf;
-            }
-        }
-        ggml_backend_buffer_clear(buf, 0); // no NaN in rows that are only masked
-        closed.emplace_back(std::move(ctx), buf);
-    }
-    open.clear();
-}
-
-void ziggurat_kv_arena::clear() {
-    for (auto & it : closed) {
-        ggml_backend_buffer_clear(it.second.get(), 0);
-    }
-}
-
-void ziggurat_kv_arena::add_sizes(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
-    for (const auto & [ctx, buf] : closed) {
-        auto * buft = ggml_backend_buffer_get_type(buf.get());
-        const size_t size = ggml_backend_buffer_get_size(buf.get());
-        sizes[buft] += size > 0 ? size : ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft);
-    }
-}
-
-//
-// ziggurat_kv_cache: what is allocated
+// what is allocated
 //
 
 static void check_params(const ziggurat_kv_params & params, const llama_hparams & hparams, const llama_cparams & cparams) {
@@ -300,7 +251,7 @@ std::map<ggml_backend_buffer_type_t, size_t> ziggurat_kv_cache::memory_breakdown
 }
 
 //
-// ziggurat_kv_cache: sequences
+// sequences
 //
 
 uint32_t ziggurat_kv_cache::padded_rows(const ziggurat_kv_layer & layer, uint32_t n) const {
@@ -393,7 +344,7 @@ bool ziggurat_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
         used -= n;
     }
     // the ring has lost what the removed tokens overwrote
-    seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) params.window);
+    seq.queries_from = std::min(std::max(seq.queries_from, seq.next - (llama_pos) params.window), p0);
     seq.next = p0;
     return true;
 }
@@ -452,170 +403,8 @@ void ziggurat_kv_cache::state_read(llama_io_read_i &, llama_seq_id, llama_state_
 }
 
 //
-// ziggurat_kv_cache: batches
+// memory contexts
 //
-
-// Counts the tokens of each sequence, in the order in which the sequences appear. False, with the reason, if they do
-// not go on where their sequence ends.
-bool ziggurat_kv_cache::check_positions(
-        const llama_batch & batch, std::vector<uint32_t> & n_tokens, std::vector<llama_seq_id> & order) {
-    n_tokens.assign(n_seq, 0);
-    for (int32_t i = 0; i < batch.n_tokens; ++i) {
-        const llama_seq_id s = batch.seq_id[i][0];
-        if (batch.n_seq_id[i] != 1 || !exists(s)) {
-            refusal = "with a KV budget a token belongs to exactly one sequence";
-            return false;
-        }
-        const int64_t expected = (int64_t) seqs[s].next + n_tokens[s];
-        if (batch.pos[i] != expected || expected >= std::numeric_limits<llama_pos>::max()) {
-            refusal = format("sequence %d goes on at position %lld, the batch has %d there", s, (long long) expected, batch.pos[i]);
-            return false;
-        }
-        if (n_tokens[s]++ == 0) {
-            order.push_back(s);
-        }
-    }
-    return true;
-}
-
-ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_t n_tokens) {
-    const auto & seq = seqs[seq_id];
-
-    bool     below_budget = true;
-    bool     has_room     = true;
-    bool     frees        = true;
-    uint32_t max_used     = 0;
-    for (uint32_t il = 0; il < layers.size(); ++il) {
-        const uint32_t n = seq.used[il] + n_tokens;
-        below_budget &= n <= seq.budget[il];
-        has_room     &= n <= layers[il].capacity;
-        frees        &= seq.budget[il] + n_tokens <= layers[il].capacity;
-        max_used      = std::max(max_used, seq.used[il]);
-    }
-    if (!evicts) {
-        if (has_room) {
-            return need::in_place;
-        }
-        refusal = format("%u tokens on the %u of sequence %d exceed its context of %u", n_tokens, max_used, seq_id, n_ctx);
-        return need::refused;
-    }
-    if (n_tokens == 1 && has_room) {
-        return need::in_place;
-    }
-    if (n_tokens == 1 && frees) {
-        return need::selection;
-    }
-    if (below_budget) {
-        return need::in_place;
-    }
-    if (params.prefill != ZIGGURAT_KV_PREFILL_CHUNKED && max_used + n_tokens > stage_rows) {
-        refusal = format("a prompt of %u tokens on %u rows that sequence %d holds exceeds the context of %u",
-                n_tokens, max_used, seq_id, stage_rows);
-        return need::refused;
-    }
-    return need::staged;
-}
-
-// The steps of one sequence's prompt: layer after layer and in it ubatch after ubatch, or ubatch after ubatch.
-void ziggurat_kv_cache::add_steps(
-        std::vector<ziggurat_kv_step> & steps, const std::vector<llama_ubatch> & ubatches,
-        const std::vector<size_t> & own, llama_seq_id seq_id) const {
-    const bool chunked = params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED;
-
-    const auto add_segment = [&](size_t begin, size_t end) {
-        uint32_t total = 0;
-        for (size_t i = begin; i < end; ++i) {
-            total += ubatches[own[i]].n_tokens;
-        }
-        for (int32_t il = layer_major ? 0 : -1; il < (layer_major ? (int32_t) layers.size() : 0); ++il) {
-            uint32_t offset = 0;
-            for (size_t i = begin; i < end; ++i) {
-                steps.push_back({ own[i], il, true, offset, total, i == begin, i + 1 == end });
-                offset += ubatches[own[i]].n_tokens;
-            }
-        }
-    };
-    if (!chunked) {
-        add_segment(0, own.size());
-        return;
-    }
-    auto used = seqs[seq_id].used;
-    for (size_t i = 0; i < own.size(); ++i) {
-        const uint32_t n = ubatches[own[i]].n_tokens;
-        bool fits = true;
-        for (uint32_t il = 0; il < layers.size(); ++il) {
-            fits &= used[il] + n <= seqs[seq_id].budget[il];
-        }
-        if (fits) {
-            steps.push_back({ own[i], -1, false, 0, n, true, true });
-        } else {
-            add_segment(i, i + 1);
-        }
-        for (uint32_t il = 0; il < layers.size(); ++il) {
-            used[il] = std::min(used[il] + n, seqs[seq_id].budget[il]);
-        }
-    }
-}
-
-llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool) {
-    refusal.clear();
-    to_select.clear();
-    balloc.split_reset();
-
-    const auto failed = [] { return std::make_unique<ziggurat_kv_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE); };
-
-    std::vector<uint32_t>     n_tokens;
-    std::vector<llama_seq_id> order;
-    if (!check_positions(balloc.get_batch(), n_tokens, order)) {
-        return failed();
-    }
-    std::vector<need> needs(n_seq, need::in_place);
-    for (const auto s : order) {
-        needs[s] = classify(s, n_tokens[s]);
-        if (needs[s] == need::refused) {
-            to_select.clear();
-            return failed();
-        }
-        if (needs[s] == need::selection) {
-            to_select.push_back(s);
-        }
-    }
-    if (!to_select.empty()) {
-        return failed(); // llama_context lets the memory update itself, see init_update, and tries again
-    }
-
-    std::vector<llama_ubatch>     ubatches;
-    std::vector<ziggurat_kv_step> steps;
-
-    // The order of the splits is the order of the outputs, so it has to be the order of the steps.
-    const auto split = [&](const std::function<bool(llama_seq_id)> & among) {
-        std::vector<size_t> own;
-        while (true) {
-            auto ubatch = n_seq == 1 && needs[0] == need::in_place ? balloc.split_simple(n_ubatch)
-                                                                   : balloc.split_equal(n_ubatch, true, 0, among);
-            if (ubatch.n_tokens == 0) {
-                return own;
-            }
-            own.push_back(ubatches.size());
-            ubatches.push_back(std::move(ubatch)); // NOLINT
-        }
-    };
-    // what is written in place is split as upstream's cache of one stream per sequence splits it
-    for (const size_t i : split([&](llama_seq_id s) { return needs[s] == need::in_place; })) {
-        steps.push_back({ i, -1, false, 0, ubatches[i].n_tokens, true, true });
-    }
-    // then one prompt after the other
-    for (const auto s : order) {
-        if (needs[s] == need::staged) {
-            add_steps(steps, ubatches, split([&](llama_seq_id other) { return other == s; }), s);
-        }
-    }
-    if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        refusal = "the batch could not be split";
-        return failed();
-    }
-    return std::make_unique<ziggurat_kv_context>(this, std::move(ubatches), std::move(steps));
-}
 
 llama_memory_context_ptr ziggurat_kv_cache::init_full() {
     return std::make_unique<ziggurat_kv_context>(this, nullptr);

@@ -1,8 +1,10 @@
 #pragma once
 
-// The memory class behind a KV budget: what is allocated, which rows are in use, and in which steps a batch is computed.
-// The graphs of a step are in ziggurat-kv-graph.h.
+// The memory class behind a KV budget: what is allocated and which rows are in use. ziggurat-kv-batch.cpp takes a batch
+// apart into steps (ziggurat-kv-context.h), ziggurat-kv-graph.h builds their graphs, which ziggurat-kv-cut.h cuts down to
+// a layer, and ziggurat-kv-select.h moves the rows that ziggurat-kv-score.h finds worth keeping.
 
+#include "ziggurat-kv-arena.h"
 #include "ziggurat-kv.h"
 
 #include "llama-batch.h"
@@ -10,9 +12,6 @@
 #include "llama-kv-cache.h"
 #include "llama-memory.h"
 
-#include "ggml-cpp.h"
-
-#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -22,24 +21,6 @@ struct llama_model;
 
 // upstream pads the rows that attention reads to this, and so do we: the same padding, the same results
 static constexpr uint32_t ZIGGURAT_KV_ROW_PADDING = 256;
-
-// Tensors that live as long as the cache, one buffer per buffer type.
-class ziggurat_kv_arena {
-public:
-    // a context to make tensors of this buffer type in; room for n_tensors in all
-    ggml_context * context(ggml_backend_buffer_type_t buft, size_t n_tensors);
-
-    // allocates what was made since the last call; throws std::runtime_error
-    void allocate(bool no_alloc);
-
-    void clear();
-
-    void add_sizes(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
-
-private:
-    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> open;
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> closed;
-};
 
 struct ziggurat_kv_layer {
     uint32_t n_head    = 0;
@@ -71,25 +52,7 @@ struct ziggurat_kv_sequence {
     std::vector<uint32_t> budget; // [n_layer]
 };
 
-// One graph to compute.
-struct ziggurat_kv_step {
-    size_t   ubatch = 0;
-    int32_t  layer  = -1;    // the only layer computed; -1: all
-    bool     staged = false; // read through the stage, else written in place
-    uint32_t offset = 0;     // tokens of the segment read before this ubatch
-    uint32_t total  = 0;     // tokens of the segment: what is read before rows are selected
-    bool     first  = true;  // ubatch of its segment
-    bool     last   = true;
-};
-
-// How a layer takes part in a step.
-struct ziggurat_kv_plan {
-    std::vector<uint32_t> past; // rows before the new ones, per sequence of the ubatch
-    uint32_t n_kv   = 0;        // rows attended to, with padding
-    uint32_t shift  = 0;        // stage: rows start here, so that the new ones of all layers lie in the same places
-    uint32_t n_copy = 0;        // rows to copy to the stage first
-    uint32_t target = 0;        // rows to keep when the segment ends with this ubatch, else 0
-};
+struct ziggurat_kv_step;
 
 class ziggurat_kv_cache : public llama_memory_i {
 public:
@@ -185,63 +148,6 @@ private:
 
     ziggurat_kv_arena rows_arena;
     ziggurat_kv_arena stage_arena;
-};
-
-// What is computed in one llama_decode.
-class ziggurat_kv_context : public llama_memory_context_i {
-public:
-    enum class kind { status, batch, reserve, update };
-
-    explicit ziggurat_kv_context(llama_memory_status status) : what(kind::status), status(status) {}
-
-    // a batch
-    ziggurat_kv_context(ziggurat_kv_cache * kv, std::vector<llama_ubatch> ubatches, std::vector<ziggurat_kv_step> steps);
-
-    // the largest graph: in place, or of a step that is read through the stage
-    ziggurat_kv_context(ziggurat_kv_cache * kv, const ziggurat_kv_step * step);
-
-    // selections without tokens
-    ziggurat_kv_context(ziggurat_kv_cache * kv, llama_context * lctx, std::vector<llama_seq_id> seqs);
-
-    bool next()  override;
-    bool apply() override;
-
-    const llama_ubatch & get_ubatch() const override { return ubatches[current().ubatch]; }
-    llama_memory_status  get_status() const override { return status; }
-    bool                 has_outputs() const override;
-
-    const ziggurat_kv_step & current() const { return steps[i_step]; }
-
-    // plans of all layers for the current step; a reserved graph's depend on its ubatch
-    std::vector<ziggurat_kv_plan> plans(const llama_ubatch & ubatch) const;
-
-    // consecutive sequences of a ubatch
-    uint32_t     n_seqs(const llama_ubatch & ubatch) const;
-    llama_seq_id first_seq(const llama_ubatch & ubatch) const;
-
-    ziggurat_kv_cache * kv = nullptr;
-
-private:
-    std::vector<ziggurat_kv_plan> plans_in_place(llama_seq_id first, uint32_t n_seqs, uint32_t n_new) const;
-    std::vector<ziggurat_kv_plan> plans_staged(uint32_t n_new, const std::function<uint32_t(uint32_t)> & held) const;
-    std::vector<ziggurat_kv_plan> plans_largest(uint32_t n_seqs, uint32_t n_new) const;
-
-    uint32_t budget(uint32_t il) const;
-
-    bool select();
-    bool select(llama_seq_id seq_id);
-
-    kind what;
-    llama_memory_status status;
-
-    std::vector<llama_ubatch>     ubatches;
-    std::vector<ziggurat_kv_step> steps = { {} };
-    size_t i_step = 0;
-
-    std::vector<ziggurat_kv_plan> step_plans; // of the step that was applied
-
-    llama_context * lctx = nullptr;
-    std::vector<llama_seq_id> to_select;
 };
 
 // A cache with a budget if the parameters ask for one and the model can have it, else nullptr.

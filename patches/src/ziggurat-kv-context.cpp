@@ -1,5 +1,6 @@
-#include "ziggurat-kv-cache.h"
-#include "ziggurat-kv-graph.h"
+#include "ziggurat-kv-context.h"
+
+#include "ziggurat-kv-select.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"

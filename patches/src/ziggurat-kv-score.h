@@ -2,7 +2,7 @@
 
 // Which rows a selection keeps. How many is not decided here.
 
-#include "ziggurat-kv-graph.h"
+#include "ziggurat-kv-select.h"
 
 // Scores of the rows that a selection chooses from, those before the window: F32 [n - window, n_head_kv], higher is
 // kept. nullptr if the latest rows are kept, which needs no scores.
