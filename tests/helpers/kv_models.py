@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from helpers.kv_library import Budget, BudgetContext, BudgetModel, Floats, Ints
 from helpers.tiny_models import Shape, write_model
 
 #: Heads alike and grouped in every way; in `uneven` another way in each layer.
@@ -18,6 +20,9 @@ SHAPES = {
     "head_32": Shape(n_layer=2, n_head=4, n_head_kv=2, head_dim=32),
     "wide": Shape(n_layer=2, n_head=2, n_head_kv=1, head_dim=64),
 }
+
+#: For the models of three layers.
+BUDGET = Budget((40, 64, 24))
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:
@@ -42,3 +47,20 @@ def first_difference(a: np.ndarray, b: np.ndarray) -> str:
         return ""
     at = np.argwhere(a != b)[0]
     return f"{a[tuple(at)]} != {b[tuple(at)]} at {at.tolist()}, {np.count_nonzero(a != b)} of {a.size} differ"
+
+
+def prompt(sequence: int) -> list[int]:
+    """Of every length: below all budgets, between them, above."""
+    return tokens((300, 20, 150, 50, 410, 7, 90, 64)[sequence % 8], 100 + sequence)
+
+
+def state(context: BudgetContext, sequence: int) -> tuple[int, tuple[int, ...], list[list[list[int]]]]:
+    return context.last(sequence), context.rows(sequence), [kept.tolist() for kept in context.kept(sequence)]
+
+
+def alone(model: BudgetModel, sequence: int, steps: list[int], **options: Any) -> tuple[list[Floats], list[Ints]]:
+    """A sequence's prompt and single steps in a context of its own."""
+    with model.context(512, BUDGET, **options) as context:
+        logits = [context.read(prompt(sequence))]
+        logits += [context.read([token]) for token in steps]
+        return logits, context.kept()

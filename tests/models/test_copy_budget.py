@@ -37,17 +37,12 @@ def finds(copier: Copier, length: int, depth: float, budget: Budget, cache: Cach
     return copier.greedy(made.tokens, 2, cache, budget=budget) == made.answer
 
 
+# Flash attention is slow for fewer than 64 tokens at a time, with a budget and without.
 @pytest.mark.parametrize("rows", [64, 128, 256, 512, 1024])
-@pytest.mark.parametrize("ubatch", [32, 512, 4352])
-def test_needle_at_4096(copier: Copier, rows: int, ubatch: int) -> None:
+@pytest.mark.parametrize("cache", [Cache("f16", ubatch >= 512, ubatch) for ubatch in (1, 32, 512, 4352)], ids=str)
+def test_needle_at_4096(copier: Copier, rows: int, cache: Cache) -> None:
     depth = {64: 0.02, 128: 0.25, 256: 0.5, 512: 0.75, 1024: 0.1}[rows]
-    assert finds(copier, 4096, depth, budget(rows), Cache("f16", True, ubatch))
-
-
-@pytest.mark.parametrize("rows", [64, 256])
-@pytest.mark.parametrize("cache", [Cache("f16", True, 1), Cache("f32", False, 1)], ids=str)
-def test_needle_token_by_token(copier: Copier, rows: int, cache: Cache) -> None:
-    assert finds(copier, 1024, 0.5, budget(rows, window=8), cache)
+    assert finds(copier, 4096, depth, budget(rows), cache)
 
 
 @pytest.mark.parametrize(
