@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.kv_library import Aborted, Budget, BudgetModel, Floats, Part
-from helpers.kv_models import tokens
+from helpers.kv_models import BUDGET, alone, prompt, state, tokens
 from helpers.stock import nmse
 
 ROWS = BUDGET.rows
