@@ -81,6 +81,11 @@ ziggurat_kv_input::ziggurat_kv_input(
             ggml_set_input(query_idxs);
             ggml_set_name(query_idxs, "attn_inp_query_idxs");
         }
+        if (n_window < n_seq_tokens && n_seqs > 1) {
+            window_tokens = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_window*n_seqs);
+            ggml_set_input(window_tokens);
+            ggml_set_name(window_tokens, "attn_inp_window_tokens");
+        }
     }
 
     if (kv.rotation) {
@@ -121,6 +126,14 @@ void ziggurat_kv_input::set_input(const llama_ubatch * ubatch) {
             for (uint32_t i = 0; i < n_window; ++i) {
                 *ring++ = (first + s)*window + pos[i] % window;
             }
+        }
+    }
+
+    if (window_tokens) {
+        GGML_ASSERT(ggml_backend_buffer_is_host(window_tokens->buffer));
+        for (uint32_t i = 0; i < n_window*n_seqs; ++i) {
+            const uint32_t s = i/n_window;
+            ((int32_t *) window_tokens->data)[i] = (s + 1)*n_seq_tokens - n_window + i % n_window;
         }
     }
 
@@ -205,21 +218,17 @@ void ziggurat_kv_input::store(
 void ziggurat_kv_input::keep_queries(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, int il) {
     auto & layer = mctx_kv->kv->layers[il];
 
-    const int64_t width = layer.queries->ne[0];
     if (!ggml_is_contiguous(q)) {
         q = ggml_cont(ctx, q);
     }
-    for (uint32_t s = 0; s < n_seqs; ++s) {
-        // sequences of one token each lie side by side like the tokens of one
-        const uint32_t n = n_seq_tokens == 1 ? n_seqs : n_window;
-        ggml_tensor * rows = ggml_view_2d(ctx, q, width, n, q->nb[2], ((s + 1)*n_seq_tokens - n_window)*q->nb[2]);
-        ggml_tensor * idxs = ggml_view_1d(ctx, query_idxs, n, s*n_window*query_idxs->nb[0]);
-        effects[il].push_back(ggml_set_rows(ctx, layer.queries, rows, idxs));
-        ggml_build_forward_expand(gf, effects[il].back());
-        if (n_seq_tokens == 1) {
-            break;
-        }
+    q = ggml_reshape_2d(ctx, q, layer.queries->ne[0], n_tokens);
+    if (window_tokens) {
+        q = ggml_get_rows(ctx, q, window_tokens);
+    } else if (n_window < n_tokens && n_seqs == 1) {
+        q = ggml_view_2d(ctx, q, q->ne[0], n_window, q->nb[1], (n_tokens - n_window)*q->nb[1]);
     }
+    effects[il].push_back(ggml_set_rows(ctx, layer.queries, q, query_idxs));
+    ggml_build_forward_expand(gf, effects[il].back());
 }
 
 void ziggurat_kv_input::finish(

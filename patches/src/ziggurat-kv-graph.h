@@ -57,6 +57,8 @@ private:
     ggml_tensor * row_idxs   = nullptr; // I64 [n_tokens, n_layer, or 1 if one layer is computed]
     ggml_tensor * query_idxs = nullptr; // I64 [n_window*n_seqs]: rows of the ring
 
+    ggml_tensor * window_tokens = nullptr; // I32 [n_window*n_seqs]: of the ubatch, where they do not lie side by side
+
     const ziggurat_kv_step step;
 
     uint32_t     n_tokens     = 0;
