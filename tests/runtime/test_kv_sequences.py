@@ -146,6 +146,23 @@ def test_a_budget_of_nothing_but_window_and_sinks(kv_model: BudgetModel) -> None
             assert all((kept == wanted).all() for kept in context.kept())
 
 
+def test_steps_of_others_after_a_selection(kv_model: BudgetModel) -> None:
+    """The selection's graph lies between theirs, and must not be taken for one of them."""
+    budget = Budget((40, 60, 14), window=4)
+    logits = []
+    for together in (True, False):
+        with kv_model.context(256, budget, n_seq=2, ubatch=16) as context:
+            assert context.set_budget(0, (40, 6, 6)) == 0
+            context.read(tokens(15), 1)
+            if together:
+                for token in tokens(7):
+                    context.read([token], 0)
+                assert context.select(0) == 2
+                context.read([5], 0)
+            logits.append(context.read([6], 1))
+    assert np.array_equal(*logits)
+
+
 def test_many_sequences(kv_model: BudgetModel) -> None:
     """As many as the library has; all take a step in one batch."""
     with kv_model.context(256, BUDGET, n_seq=256, ubatch=512, batch=512) as context:
