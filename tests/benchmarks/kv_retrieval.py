@@ -7,8 +7,8 @@ Accepted is a pyramid or a uniform SnapKV budget that keeps 95 % of the full cac
 exit status says whether one does.
 
 When this model reads the question it looks at what follows the key in the document ("is"), and at the digits only
-later, when it says them: they are one to five tokens further. A pool of 5 reaches 2, so it loses them at any budget;
-the maximum over 13 holds the whole answer.
+later, when it says them: they are one to five tokens further. A pool of 5 reaches 2, so small budgets lose them; the
+maximum over 13 holds the whole answer.
 
 usage: convert tests/reference_model ref.gguf --type bf16
        python tests/benchmarks/kv_retrieval.py ref.gguf [--pool 5 --pool-type avg] [--trials 4] [--json FILE]
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from results import append
 
 from helpers.kv_library import POOLS, Budget, BudgetContext
 from ziggurat.runtime.bindings import Model
@@ -142,8 +144,7 @@ def main() -> int:
         "full": full, "kept_at_12_percent": kept, "accepted": max(kept.values(), default=0.0) >= 0.95, "cells": cells,
     }  # fmt: skip
     if options.json:
-        known = json.loads(options.json.read_text()) if options.json.exists() else []
-        options.json.write_text(json.dumps([*known, result], indent=1) + "\n")
+        append(options.json, result)
     print(json.dumps(result))
     return 0 if result["accepted"] else 1
 

@@ -29,6 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from results import append
+
 from helpers.kv_library import Budget, BudgetContext, BudgetModel
 from helpers.kv_models import tokens
 
@@ -251,8 +253,7 @@ def main() -> None:
             result["runs"].append({"part": "memory", "tokens": length, **memory(model, options, length)})
             print(json.dumps(result["runs"][-1]), flush=True)
     if options.json:
-        known = json.loads(options.json.read_text()) if options.json.exists() else []
-        options.json.write_text(json.dumps([*known, result], indent=1) + "\n")
+        append(options.json, result)
     print(json.dumps(result))
 
 
