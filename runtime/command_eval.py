@@ -66,8 +66,6 @@ def evaluate(model: Path, **options: Any) -> int:
     asks = options["needle"] or options["generate_needle"] is not None
     grid = eval_parts.NeedleGrid(model, options, _note) if asks else None
     figures: dict[str, Any] = {"model": str(model)}
-    if options["kv"] is not None:
-        figures["kv"] = options["kv"].as_json()
     with _kill_as_interrupt():
         if text is not None:
             figures |= _text(model, text, options)
@@ -75,6 +73,8 @@ def evaluate(model: Path, **options: Any) -> int:
             figures["choices"] = _in_thread(lambda monitor: measure_choices(model, questions, options, monitor, _note))
         if grid is not None:
             _needle(grid, options, figures)
+        if options["kv"] is not None:  # it still is if the model can have one
+            figures["kv"] = options["kv"].as_json()
         _finish(figures, options)
     return 0
 

@@ -51,7 +51,7 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     The text goes to stdout as it is made, everything else to stderr. Without a chat template in the file the prompt is
     given as it is.
     """
-    from ziggurat.runtime.kv_policy import policy_of
+    from ziggurat.runtime.kv_policy import not_used, policy_of
     from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 
     policy = policy_of(options)
@@ -75,7 +75,7 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     with LlamaEngine(model, settings) as engine:
         info = engine.load()
         if info.kv_unsupported is not None:
-            click.echo(f"ziggurat: no KV budget, every row is kept: {info.kv_unsupported}", err=True)
+            click.echo(f"ziggurat: {not_used(info.kv_unsupported)}", err=True)
         request = _request(info, text, sampling, options)
         done = generate(engine, request)
     click.echo(_summary(done), err=True)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ziggurat.runtime.evaluate.monitor import Monitor
     from ziggurat.runtime.evaluate.needle import Needle, Writer
     from ziggurat.runtime.gguf_file import GGUFFile
-    from ziggurat.runtime.kv_policy import KVPolicy
 
 Options = dict[str, Any]
 Figures = dict[str, Any]
@@ -43,15 +42,20 @@ def settings(options: Options) -> DecodeSettings:
     )
 
 
-def _supported(policy: KVPolicy | None, model: Model, note: Note) -> KVPolicy | None:
-    """Return the policy if the model can have a KV budget, else say why not."""
+def _check_budget(model: Model, options: Options, note: Note) -> None:
+    """Take the KV budget out of the options, and say why, if the model cannot have one."""
     from ziggurat.runtime.bindings import kv
 
-    reason = kv.unsupported(model) if policy is not None else None
-    if reason is None:
-        return policy
-    note(f"no KV budget, every row is kept: {reason}")
-    return None
+    if options["kv"] is not None:
+        _without_budget(kv.unsupported(model), options, note)
+
+
+def _without_budget(reason: str | None, options: Options, note: Note) -> None:
+    from ziggurat.runtime.kv_policy import not_used
+
+    if reason is not None:
+        options["kv"] = None
+        note(not_used(reason))
 
 
 def checked(path: Path, options: Options) -> GGUFFile:
@@ -92,12 +96,12 @@ def measure_text(
     from ziggurat.runtime.evaluate.reference import fingerprint, is_logits_file, open_reference
     from ziggurat.runtime.evaluate.text import evaluate_text
 
-    how = settings(options)
     if against is not None and not is_logits_file(against):
         checked(against, options)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(_loaded(path, options, monitor))
-        how = replace(how, kv=_supported(how.kv, model, note))
+        _check_budget(model, options, note)
+        how = settings(options)
         chunks = cut(model.vocab, text, options["ctx"] or DEFAULT_CTX, options["chunks"], source=str(options["text"]))
         if chunks.n_ctx > model.n_ctx_train > 0:
             note(f"chunks of {chunks.n_ctx} tokens exceed the {model.n_ctx_train} that the model was trained for")
@@ -132,10 +136,9 @@ def measure_choices(path: Path, questions: list[Question], options: Options, mon
 
     form = options["choices_prompt"] or DEFAULT_PROMPT
     with _loaded(path, options, monitor) as model:
-        how = settings(options)
-        how = replace(how, kv=_supported(how.kv, model, note))
+        _check_budget(model, options, note)
         try:
-            result = evaluate_choices(model, questions, how, monitor, form)
+            result = evaluate_choices(model, questions, settings(options), monitor, form)
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{options['choices']}: {error}") from None
     return {"file": str(options["choices"]), **result.as_json(items=options["choices_items"])}
@@ -222,9 +225,7 @@ class NeedleGrid:
             kv=options["kv"],
         )
         with LlamaEngine(self._path, how) as engine:
-            reason = engine.load().kv_unsupported
-            if reason is not None:
-                self._note(f"no KV budget, every row is kept: {reason}")
+            _without_budget(engine.load().kv_unsupported, options, self._note)
             trials = ask(engine, self.needles, len(self.needles), monitor, options["answer_tokens"])
         return {**self.describe(), **results(trials)}
 

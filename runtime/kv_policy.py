@@ -48,6 +48,8 @@ class KVPolicy:
 
     def __post_init__(self) -> None:
         check_score(self.score)
+        if self.pool % 2 == 0:
+            raise InvalidRequestError(f"--kv-pool {self.pool}: it has to be odd, so that it has a middle")
         least = self.window + self.sinks
         if self.budget.rows is not None and self.budget.rows < least:
             raise InvalidRequestError(
@@ -101,6 +103,11 @@ class KVPolicy:
         }
 
 
+def not_used(reason: str) -> str:
+    """Say to a person that a model has no budget although one was asked for."""
+    return f"no KV budget, every row is kept: {reason}"
+
+
 def policy_of(options: Mapping[str, Any]) -> KVPolicy | None:
     """Return what the ``--kv-*`` options ask for, None for a cache that keeps every row.
 
@@ -119,7 +126,17 @@ def policy_of(options: Mapping[str, Any]) -> KVPolicy | None:
     return KVPolicy(parsed, schedule, score, **{name.removeprefix("kv_"): value for name, value in given.items()})
 
 
-_OPTIONS = ("kv_budget", "kv_policy", "kv_schedule", "kv_score", "kv_window", "kv_sinks", "kv_prefill")
+_OPTIONS = (
+    "kv_budget",
+    "kv_policy",
+    "kv_schedule",
+    "kv_score",
+    "kv_window",
+    "kv_sinks",
+    "kv_pool",
+    "kv_pool_type",
+    "kv_prefill",
+)
 
 
 def _check_no_budget(amount: str | None, preset: str | None, others: Mapping[str, Any]) -> None:

@@ -102,7 +102,8 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
         if unsupported is not None:
             _logger.info("%s: no KV budget: %s", os.fspath(path), unsupported)
             settings = replace(settings, kv=None)
-            expected = _check_memory(file, settings)
+            if expected.budget is not None:  # what the metadata tells was not all
+                expected = _check_memory(file, settings)
         n_ctx = _n_ctx(settings, model.n_ctx_train)
         info = ModelInfo(
             path=os.fspath(path),

@@ -14,7 +14,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 CACHE_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 KV_POLICIES = ("none", "pyramid", "snapkv", "streaming", "h2o", "tova", "keydiff")
-_MAX_ROWS = 2**30
 KV_SCORES = ("snapkv", "h2o", "tova", "keydiff", "recent", "random")
 
 
@@ -49,13 +48,18 @@ kv_options = option_group(
     click.option("--kv-score", type=click.Choice(KV_SCORES), help="Which rows are kept; default: the preset's."),
     click.option(
         "--kv-window",
-        type=click.IntRange(1, _MAX_ROWS),
+        type=click.IntRange(1),
         metavar="N",
         help="Last tokens that observe and always stay; default: 32.",
     ),
+    click.option("--kv-sinks", type=click.IntRange(0), metavar="N", help="First tokens that always stay; default: 4."),
     click.option(
-        "--kv-sinks", type=click.IntRange(0, _MAX_ROWS), metavar="N", help="First tokens that always stay; default: 4."
+        "--kv-pool",
+        type=click.IntRange(1, 255),
+        metavar="N",
+        help="Positions over which scores are pooled, odd: what stands beside an observed row stays too; default: 5.",
     ),
+    click.option("--kv-pool-type", type=click.Choice(["avg", "max"]), help="How they are pooled; default: avg."),
     click.option(
         "--kv-prefill",
         type=click.Choice(["exact", "bounded", "chunked"]),

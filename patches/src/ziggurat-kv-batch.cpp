@@ -3,6 +3,7 @@
 #include "ziggurat-kv-context.h"
 
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <limits>
@@ -11,6 +12,9 @@
 // not go on where their sequence ends.
 bool ziggurat_kv_cache::check_positions(
         const llama_batch & batch, std::vector<uint32_t> & n_tokens, std::vector<llama_seq_id> & order) {
+    // learned position embeddings end somewhere, rotary ones do not
+    const int64_t n_positions = model.pos_embd ? model.pos_embd->ne[1] : std::numeric_limits<llama_pos>::max();
+
     n_tokens.assign(n_seq, 0);
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         const llama_seq_id s = batch.seq_id[i][0];
@@ -19,7 +23,11 @@ bool ziggurat_kv_cache::check_positions(
             return false;
         }
         const int64_t expected = (int64_t) seqs[s].next + n_tokens[s];
-        if (batch.pos[i] != expected || expected >= std::numeric_limits<llama_pos>::max()) {
+        if (expected >= n_positions) {
+            refusal = format("sequence %d has reached the last of the %lld positions that the model knows", s, (long long) n_positions);
+            return false;
+        }
+        if (batch.pos[i] != expected) {
             refusal = format("sequence %d goes on at position %lld, the batch has %d there", s, (long long) expected, batch.pos[i]);
             return false;
         }

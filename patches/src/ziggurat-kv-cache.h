@@ -5,6 +5,7 @@
 // a layer, and ziggurat-kv-select.h moves the rows that ziggurat-kv-score.h finds worth keeping.
 
 #include "ziggurat-kv-arena.h"
+#include "ziggurat-kv-topology.h"
 #include "ziggurat-kv.h"
 
 #include "llama-batch.h"
@@ -108,6 +109,8 @@ public:
 
     // upstream's cache of one row: knows whether and how rows of quantized types are rotated
     std::unique_ptr<llama_kv_cache> rotation;
+
+    ziggurat_kv_topology topology; // of the last graph
 
     std::string refusal; // why the last call was refused
 

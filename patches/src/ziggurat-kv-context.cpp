@@ -196,6 +196,7 @@ bool ziggurat_kv_context::select(llama_seq_id seq_id) {
     if (ggml_graph_n_nodes(res->get_gf()) == 0) {
         return true;
     }
+    kv->topology.tell_apart(res->get_ctx(), res->get_gf(), kv->layers[0].k);
     if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
         return false;
     }

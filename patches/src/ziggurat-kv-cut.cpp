@@ -110,11 +110,9 @@ bool ziggurat_kv_can_cut(const llm_graph_result & res, const ziggurat_kv_cache &
     return true;
 }
 
-void ziggurat_kv_cut(const llm_graph_params & params) {
-    const auto * mctx = dynamic_cast<const ziggurat_kv_context *>(params.mctx);
-    if (mctx == nullptr || mctx->current().layer < 0) {
-        return;
-    }
+// Cuts a graph down to the layer of the step: the layer before is replaced by its hidden states, which were kept, and
+// the layer's own are kept in their place.
+static void cut(const ziggurat_kv_context * mctx, const llm_graph_params & params) {
     auto & res = *params.res;
 
     const int  il      = mctx->current().layer;
@@ -160,4 +158,15 @@ void ziggurat_kv_cut(const llm_graph_params & params) {
         ggml_build_forward_expand(gf, ggml_cpy(ctx, out, place));
         forget_results(res);
     }
+}
+
+void ziggurat_kv_finish_graph(const llm_graph_params & params) {
+    const auto * mctx = dynamic_cast<const ziggurat_kv_context *>(params.mctx);
+    if (mctx == nullptr) {
+        return;
+    }
+    if (mctx->current().layer >= 0) {
+        cut(mctx, params);
+    }
+    mctx->kv->topology.tell_apart(params.res->get_ctx(), params.res->get_gf(), mctx->kv->layers[0].k);
 }

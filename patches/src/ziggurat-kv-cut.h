@@ -11,6 +11,6 @@ class ziggurat_kv_cache;
 // Whether every layer of the graph in `res` can be cut out; it was built for n_tokens in place. Changes nothing.
 bool ziggurat_kv_can_cut(const llm_graph_result & res, const ziggurat_kv_cache & kv, int64_t n_tokens);
 
-// Cuts the graph that was built for these parameters down to the layer of its step, if it has one. The layer before is
-// replaced by its hidden states, which were kept, and the layer's own are kept in their place.
-void ziggurat_kv_cut(const llm_graph_params & params);
+// Completes the graph that was built for these parameters: cut down to the layer of its step, if it has one, and told
+// apart from the graph before. Does nothing for upstream's memory.
+void ziggurat_kv_finish_graph(const llm_graph_params & params);

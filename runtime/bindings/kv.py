@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 #: Which rows stay.
 SCORES = {"snapkv": 0, "recent": 1, "random": 2}
-#: How prompts are read.
-PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2}
+#: How prompts are read; lane is for comparisons.
+PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2, "lane": 3}
 #: How scores are pooled over neighbouring positions.
 POOLS = {"avg": 0, "max": 1}
 _MAX = 2**32 - 1
+_BOUNDS = {"window": (1, _MAX), "sinks": (0, _MAX), "pool": (1, 255), "slack": (1, 2**20), "seed": (0, _MAX)}
 _FIELD = "kv_budget"
 _FAILED = -2
 
@@ -38,8 +39,8 @@ class KVSettings:
     attention, pooled over ``pool`` positions (odd) by ``pool_type``, is the score snapkv. ``slack`` is how many rows a
     layer has beyond, at least, for generated tokens. ``prefill`` exact selects once, after the whole prompt, layer by
     layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
-    refuses the latter; chunked selects after every ubatch, which loses what only the prompt's end asks for. ``seed`` is
-    that of the score random.
+    refuses the latter, which lane takes in any case; chunked selects after every ubatch, which loses what only the
+    prompt's end asks for. ``seed`` is that of the score random.
     """
 
     rows: tuple[int, ...]
@@ -54,9 +55,11 @@ class KVSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
-        for name, least in (("window", 1), ("sinks", 0), ("pool", 1), ("slack", 1), ("seed", 0)):
-            if not least <= getattr(self, name) <= _MAX:
-                raise InvalidRequestError(f"the KV budget's {name} is {getattr(self, name)}; it must be from {least}")
+        for name, (least, most) in _BOUNDS.items():
+            if not least <= getattr(self, name) <= most:
+                raise InvalidRequestError(
+                    f"the KV budget's {name} is {getattr(self, name)}; it must be from {least} to {most}"
+                )
         if self.pool % 2 == 0:
             raise InvalidRequestError(f"the KV budget's pool is {self.pool}; it must be odd")
         for name, known in (("pool_type", POOLS), ("score", SCORES), ("prefill", PREFILLS)):

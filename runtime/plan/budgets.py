@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 from ziggurat.runtime.bindings.context import ContextSettings
 from ziggurat.runtime.bindings.kv import KVSettings
-from ziggurat.runtime.plan.kv import KVShape, bytes_per_token, padded
+from ziggurat.runtime.plan.kv import CACHE_TYPE_BLOCKS, KVShape, bytes_per_token, padded
 
-#: Architectures whose prompts are read layer by layer.
-LAYER_MAJOR = frozenset({"llama", "phi3", "qwen2", "qwen3", "qwen3moe"})
 _POSITION, _HIDDEN = 4, 4
 _ALIGNMENT = 128  # no backend that is known aligns tensors to more
 
@@ -24,10 +22,13 @@ _ALIGNMENT = 128  # no backend that is known aligns tensors to more
 class BudgetMemory:
     """Bytes that a context with a budget takes, of all its sequences together; see ``KVLayout`` for the parts.
 
-    ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions`` and ``queries`` bytes by layer.
-    ``full`` is what the stock library takes for the same context.
+    ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions`` and ``queries`` bytes by layer;
+    ``largest_row`` are those of one token in the layer where K and V take most.
+    ``rotation`` is one more row of each layer, which the library keeps where rows are quantized, to know how they are
+    rotated. ``full`` is what the stock library takes for the same context.
     """
 
+    kv: KVSettings
     capacity: tuple[int, ...]
     rows: tuple[int, ...]
     positions: tuple[int, ...]
@@ -36,6 +37,8 @@ class BudgetMemory:
     stage_rows: int
     hidden: int
     layer_major: bool
+    rotation: int
+    largest_row: int
     full: int
 
     @property
@@ -56,7 +59,7 @@ class BudgetMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.kept + self.reading
+        return self.kept + self.reading + self.rotation
 
     @property
     def padding(self) -> int:
@@ -70,11 +73,13 @@ def takes_budget(shape: KVShape) -> bool:
 
 
 def budget_memory(
-    shape: KVShape, architecture: str, n_embd: int, settings: ContextSettings, n_ubatch: int
+    shape: KVShape, n_embd: int, settings: ContextSettings, n_ubatch: int, *, layer_major: bool = True
 ) -> BudgetMemory | None:
     """Return what the budget of ``settings`` takes; None when there is none, or the model cannot have it.
 
-    ``n_ubatch`` as the library limits it. Raises UnsupportedError for cache types whose blocks do not divide a row.
+    ``n_ubatch`` as the library limits it. ``layer_major``: that the library can cut the model's graph into layers, as
+    it could with every architecture that was tried. Raises UnsupportedError for cache types whose blocks do not divide
+    a row.
     """
     kv = settings.kv
     if kv is None or not takes_budget(shape):
@@ -88,20 +93,24 @@ def budget_memory(
     positions = [min(kv.rows[layer], full) * shape.n_head_kv[layer] * _POSITION for layer in layers]
     query_value = 4 if settings.type_k == "f32" else 2
     queries = [kv.window * heads * shape.key_length * query_value for heads in shape.n_head]
-    layer_major = architecture in LAYER_MAJOR
+    layer_major = evicts and layer_major and kv.prefill != "lane"
     stage_rows, hidden_tokens = full, full
     if kv.prefill == "chunked":
         stage_rows, hidden_tokens = padded(max(capacity) + n_ubatch), n_ubatch
     none = (0,) * shape.n_layer
+    quantized = any(CACHE_TYPE_BLOCKS[name][0] > 1 for name in (settings.type_k, settings.type_v))
     return BudgetMemory(
+        kv=kv,
         capacity=capacity,
         rows=tuple(n_seq * rows * size for rows, size in zip(capacity, per_row, strict=True)),
         positions=tuple(n_seq * size for size in positions) if evicts else none,
         queries=tuple(n_seq * size for size in queries) if evicts and kv.score == "snapkv" else none,
         stage=stage_rows * (max(per_row) if layer_major else sum(per_row)) if evicts else 0,
         stage_rows=stage_rows if evicts else 0,
-        hidden=n_embd * hidden_tokens * _HIDDEN if evicts and layer_major else 0,
+        hidden=n_embd * hidden_tokens * _HIDDEN if layer_major else 0,
         layer_major=layer_major,
+        rotation=sum(per_row) if quantized else 0,
+        largest_row=max(per_row),
         full=n_seq * full * sum(stock),
     )
 

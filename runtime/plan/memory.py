@@ -192,9 +192,11 @@ def measured_plan(model: Outline, settings: ContextSettings, buffers: Iterable[B
         if buffer.device == HOST and buffer.buffer != HOST and not buffer.buffer.endswith("_Host"):
             sums[HOST]["repacked"] += buffer.weights
     devices = [DeviceMemory(name, **sizes) for name, sizes in sums.items()]
-    budget = _budget(model, settings, n_ubatch)
-    per_layer = _kv(model, settings, n_ubatch, budget)
     context = sum(device.context for device in devices)
+    budget = _budget(model, settings, n_ubatch)
+    if budget is not None and context - budget.total > budget.padding:  # the graph could not be cut into layers
+        budget = _budget(model, settings, n_ubatch, layer_major=False)
+    per_layer = _kv(model, settings, n_ubatch, budget)
     known, padding = (budget.total, budget.padding) if budget is not None else (sum(per_layer), 0)
     return MemoryPlan(
         path=model.path,
@@ -208,11 +210,13 @@ def measured_plan(model: Outline, settings: ContextSettings, buffers: Iterable[B
     )
 
 
-def _budget(model: Outline, settings: ContextSettings, n_ubatch: int) -> BudgetMemory | None:
+def _budget(
+    model: Outline, settings: ContextSettings, n_ubatch: int, *, layer_major: bool = True
+) -> BudgetMemory | None:
     if model.kv is None or settings.kv is None:
         return None
     check_cache_types(model.kv, settings.type_k, settings.type_v)
-    return budget_memory(model.kv, model.architecture, model.n_embd, settings, n_ubatch)
+    return budget_memory(model.kv, model.n_embd, settings, n_ubatch, layer_major=layer_major)
 
 
 def _kv(

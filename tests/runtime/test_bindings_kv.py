@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from helpers import tiny_models
 from ziggurat.runtime.bindings import Context, ContextSettings, KVSettings, Model, kv, library
-from ziggurat.runtime.errors import InvalidRequestError, LibraryError
+from ziggurat.runtime.errors import ContextError, DecodeError, InvalidRequestError, LibraryError
 
 ROWS = (100, 90)
 
@@ -24,10 +27,12 @@ ROWS = (100, 90)
         ({"sinks": -1}, "sinks is -1"),
         ({"slack": 0}, "slack is 0"),
         ({"seed": 2**32}, "seed is 4294967296"),
+        ({"pool": 257}, "pool is 257; it must be from 1 to 255"),
+        ({"slack": 2**20 + 1}, "slack is"),
         ({"pool": 4}, "pool is 4; it must be odd"),
         ({"pool_type": "median"}, "no pool_type 'median': avg, max"),
         ({"score": "tova"}, "no score 'tova': snapkv, recent, random"),
-        ({"prefill": "lazy"}, "no prefill 'lazy': exact, bounded, chunked"),
+        ({"prefill": "lazy"}, "no prefill 'lazy': exact, bounded, chunked, lane"),
     ],
 )
 def test_settings_that_make_no_sense(values: dict[str, Any], message: str) -> None:
@@ -105,3 +110,111 @@ def test_a_context_without_a_budget_says_so(spm_model: Model) -> None:
         ):
             with pytest.raises(InvalidRequestError, match="no KV budget"):
                 call()
+
+
+# --- with a library that has budgets
+
+TOKENS = [3 + (7 * n) % 250 for n in range(600)]
+
+
+def budget(**values: Any) -> ContextSettings:
+    kept = KVSettings(**{"rows": (100, 60), "window": 16, **values.pop("kv", {})})
+    return ContextSettings(**{"n_ctx": 600, "n_threads": 1, "n_ubatch": 128, "kv": kept, **values})
+
+
+def read(context: Context, tokens: list[int], position: int = 0, sequence: int = 0) -> None:
+    batch = context.new_batch()
+    batch.add(tokens, position, sequence, output_last=True)
+    context.decode(batch)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_rows_and_positions_after_a_prompt(spm_model: Model) -> None:
+    assert kv.unsupported(spm_model) is None
+    with Context(spm_model, budget(n_seq_max=2)) as context:
+        assert context.kv_active
+        assert context.kv_capacity() == (256, 256)
+        assert context.kv_rows(0) == (0, 0)
+        read(context, TOKENS[:500], sequence=1)
+        assert (context.kv_rows(0), context.kv_rows(1)) == ((0, 0), (100, 60))
+        assert context.last_position(1) == 499
+        for layer, count in enumerate((100, 60)):
+            positions = context.kv_positions(1, layer)
+            assert (positions.shape, positions.dtype) == ((2, count), np.int32)
+            assert (np.diff(positions, axis=1) > 0).all()
+            assert (positions[:, :4] == np.arange(4)).all()  # the sinks
+            assert (positions[:, -16:] == np.arange(484, 500)).all()  # the window
+        assert context.kv_positions(0, 0).size == 0
+        read(context, TOKENS[500:501], 500, 1)
+        assert context.kv_rows(1) == (101, 61)
+        assert (context.kv_positions(1, 0)[:, -1] == 500).all()
+        assert context.kv_select(1) == 2
+        assert context.kv_rows(1) == (100, 60)
+        assert context.kv_select(1) == 0
+        assert context.remove(1)
+        assert context.kv_rows(1) == (0, 0)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_generation_has_no_end(spm_model: Model) -> None:
+    with Context(spm_model, budget()) as context:
+        read(context, TOKENS)
+        for step in range(700):  # beyond the context's 768 rows
+            read(context, [5], 600 + step)
+        assert context.last_position(0) == 1299
+        assert all(low <= rows <= 256 for low, rows in zip((100, 60), context.kv_rows(0), strict=True))
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_budget_of_ones_own(spm_model: Model) -> None:
+    with Context(spm_model, budget(n_seq_max=2)) as context:
+        context.set_kv_budget(1, (50, 40))
+        for sequence in (0, 1):
+            read(context, TOKENS[:300], sequence=sequence)
+        assert (context.kv_rows(0), context.kv_rows(1)) == ((100, 60), (50, 40))
+        context.set_kv_budget(1, None)
+        context.remove(1)
+        read(context, TOKENS[:300], sequence=1)
+        assert context.kv_rows(1) == (100, 60)
+        for rows in ((101, 60), (50,), (50, 19), (50, 40, 40)):
+            with pytest.raises(InvalidRequestError) as caught:
+                context.set_kv_budget(1, rows)
+            assert "\n" not in str(caught.value)
+        with pytest.raises(InvalidRequestError, match="sequence 2 is not one of 2"):
+            context.set_kv_budget(2, (50, 40))
+        with pytest.raises(InvalidRequestError, match="layer 2"):
+            context.kv_positions(0, 2)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_what_cannot_be_is_refused_with_a_reason(spm_model: Model) -> None:
+    with Context(spm_model, budget(n_seq_max=2, n_batch=1000)) as context:
+        read(context, TOKENS[:300])
+        with pytest.raises(DecodeError, match="position"):  # upstream looks at that first
+            read(context, TOKENS[:5], 400)
+        assert context.kv_rows(0) == (100, 60)
+        with pytest.raises(ContextError, match="cannot copy"):
+            context.copy(0, 1)
+        assert not context.remove(0, 100, 200)
+        with pytest.raises(ContextError, match="700 tokens on 100 rows .* exceeds the context of 768"):
+            read(context, (TOKENS * 2)[:700], 300)
+        read(context, TOKENS[:5], 300)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_rows_for_another_number_of_layers_are_refused(spm_model: Model) -> None:
+    with pytest.raises(ContextError, match="layer"):
+        Context(spm_model, budget(kv={"rows": (100, 60, 50)}))
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_model_that_cannot_runs_with_every_row(tmp_path: Path) -> None:
+    shape = tiny_models.Shape(arch="gemma3", n_layer=6, sliding_window=64)
+    with Model(tiny_models.write_model(tmp_path / "m.gguf", shape)) as model:
+        reason = kv.unsupported(model)
+        assert reason
+        assert "\n" not in reason
+        with Context(model, budget(kv={"rows": (100,) * 6})) as context:
+            assert not context.kv_active
+            read(context, TOKENS[:400])
+            assert context.kv_rows(0) == ()

@@ -44,6 +44,8 @@ def test_options_override_a_preset() -> None:
     )
     assert (chosen.schedule, chosen.score, chosen.prefill) == (Pyramid(), "random", "chunked")
     assert (chosen.window, chosen.sinks) == (8, 0)
+    chosen = policy(budget="99", pool=15, pool_type="max")
+    assert (chosen.pool, chosen.pool_type) == (15, "max")
     assert policy(budget="99", policy="h2o", score="recent").score == "recent"
 
 
@@ -54,6 +56,8 @@ def test_options_override_a_preset() -> None:
         ({"window": 8, "sinks": 0}, InvalidRequestError, "--kv-window, --kv-sinks: says how"),
         ({"budget": "9", "policy": "none"}, InvalidRequestError, "--kv-budget: --kv-policy none keeps every row"),
         ({"score": "recent", "policy": "none"}, InvalidRequestError, "--kv-score: --kv-policy none keeps every row"),
+        ({"pool": 7}, InvalidRequestError, "--kv-pool: says how"),
+        ({"budget": "99", "pool": 6}, InvalidRequestError, "--kv-pool 6: it has to be odd"),
         ({"budget": "x"}, InvalidRequestError, "--kv-budget x: give a number of rows"),
         ({"budget": "35"}, InvalidRequestError, "--kv-budget 35: has no room for the window (32) and the sinks (4)"),
         ({"budget": "99", "policy": "h2o"}, UnsupportedError, "h2o (H2O (Zhang et al. 2023)) is not there yet"),
