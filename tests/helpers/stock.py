@@ -37,6 +37,10 @@ class Gguf:
         llama_cpp.llama_model_free(self._model)
 
     @property
+    def n_layer(self) -> int:
+        return int(llama_cpp.llama_model_n_layer(self._model))
+
+    @property
     def vocab_size(self) -> int:
         return int(llama_cpp.llama_vocab_n_tokens(self._vocab))
 

@@ -5,7 +5,7 @@ The weights are seeded. Rows of control tokens in the output are zero, so that a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,10 @@ CHATML = (
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a tiny model; ``n_head`` and ``n_head_kv`` may have one entry per layer."""
+    """The shape of a tiny model; ``n_head`` and ``n_head_kv`` may have one entry per layer.
+
+    Architectures: llama, qwen2, qwen3, phi3, granite, gemma2, gemma3; with experts (two used) llama and qwen3moe.
+    """
 
     arch: str = "llama"
     n_layer: int = 2
@@ -33,6 +36,7 @@ class Shape:
     n_ff: int = 96
     n_ctx: int = 1024
     sliding_window: int | None = None
+    n_expert: int = 0
 
     def heads(self, layer: int) -> tuple[int, int]:
         def pick(value: int | tuple[int, ...]) -> int:
@@ -102,7 +106,7 @@ def write_model(
     tokens = tokens or spm_tokens()
     writer = gguf.GGUFWriter(path, shape.arch)
     _write_metadata(writer, shape)
-    _write_tokens(writer, tokens)
+    write_tokens(writer, tokens)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     for name, array in _tensors(shape, tokens, np.random.default_rng(seed)):
@@ -132,9 +136,16 @@ def _write_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     if shape.sliding_window is not None:
         writer.add_sliding_window(shape.sliding_window)
+    if shape.n_expert:
+        writer.add_expert_count(shape.n_expert)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(shape.n_ff)
+    if shape.arch == "granite":
+        writer.add_logit_scale(1.0)
+        writer.add_attention_scale(0.2)  # another one than the root of the head's dimension gives
 
 
-def _write_tokens(writer: gguf.GGUFWriter, tokens: Tokens) -> None:
+def write_tokens(writer: gguf.GGUFWriter, tokens: Tokens) -> None:
     writer.add_tokenizer_model(tokens.kind)
     writer.add_tokenizer_pre("gpt-2" if tokens.kind == "gpt2" else "default")
     writer.add_token_list(tokens.texts)
@@ -165,17 +176,33 @@ def _tensors(shape: Shape, tokens: Tokens, rng: np.random.Generator) -> Iterator
         n_head, n_head_kv = shape.heads(layer)
         block = f"blk.{layer}."
         yield block + "attn_norm.weight", ones(shape.n_embd)
-        yield block + "attn_q.weight", normal(n_head * shape.head_dim, shape.n_embd)
-        yield block + "attn_k.weight", normal(n_head_kv * shape.head_dim, shape.n_embd)
-        yield block + "attn_v.weight", normal(n_head_kv * shape.head_dim, shape.n_embd)
+        heads = {"q": n_head * shape.head_dim, "k": n_head_kv * shape.head_dim, "v": n_head_kv * shape.head_dim}
+        if shape.arch == "phi3":
+            yield block + "attn_qkv.weight", normal(sum(heads.values()), shape.n_embd)
+        else:
+            for part, extent in heads.items():
+                yield f"{block}attn_{part}.weight", normal(extent, shape.n_embd)
+                if shape.arch == "qwen2":
+                    yield f"{block}attn_{part}.bias", rng.normal(0, 0.5, extent).astype(np.float32)
         yield block + "attn_output.weight", normal(shape.n_embd, n_head * shape.head_dim)
-        if shape.arch in ("qwen3", "gemma3"):
+        if shape.arch in ("qwen3", "qwen3moe", "gemma3"):
             yield block + "attn_q_norm.weight", ones(shape.head_dim)
             yield block + "attn_k_norm.weight", ones(shape.head_dim)
         if shape.arch in ("gemma2", "gemma3"):
             yield block + "post_attention_norm.weight", ones(shape.n_embd)
             yield block + "post_ffw_norm.weight", ones(shape.n_embd)
         yield block + "ffn_norm.weight", ones(shape.n_embd)
-        yield block + "ffn_gate.weight", normal(shape.n_ff, shape.n_embd)
-        yield block + "ffn_up.weight", normal(shape.n_ff, shape.n_embd)
-        yield block + "ffn_down.weight", normal(shape.n_embd, shape.n_ff)
+        yield from _ffn(shape, block, normal)
+
+
+def _ffn(shape: Shape, block: str, normal: Callable[..., np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    experts = (shape.n_expert,) if shape.n_expert else ()
+    suffix = "_exps.weight" if experts else ".weight"
+    if experts:
+        yield block + "ffn_gate_inp.weight", 4 * normal(shape.n_expert, shape.n_embd)  # far from ties in the routing
+    if shape.arch == "phi3":
+        yield block + "ffn_up.weight", normal(2 * shape.n_ff, shape.n_embd)
+    else:
+        yield block + "ffn_gate" + suffix, normal(*experts, shape.n_ff, shape.n_embd)
+        yield block + "ffn_up" + suffix, normal(*experts, shape.n_ff, shape.n_embd)
+    yield block + "ffn_down" + suffix, normal(*experts, shape.n_embd, shape.n_ff)

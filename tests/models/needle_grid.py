@@ -1,11 +1,13 @@
 """Asks a GGUF in llama.cpp for needles: a greedy decoder with the cache's settings, and a grid as a command.
 
 usage: python tests/models/needle_grid.py MODEL.gguf --lengths 4096,16384 --depths 0,0.5,1
+       python tests/models/needle_grid.py MODEL.gguf --lengths 16384,65536 --budgets 64,256,1024
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ import llama_cpp
 if not __package__:  # run as a file: only its own folder is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from helpers.kv_library import PREFILLS, SCORES, Budget
 from helpers.stock import Gguf
 from models.needles import needle
 
@@ -46,12 +49,19 @@ class Copier(Gguf):
         return self
 
     def greedy(
-        self, tokens: Sequence[int], n: int, cache: Cache, *, forget: range | None = None, threads: int = 1
+        self,
+        tokens: Sequence[int],
+        n: int,
+        cache: Cache,
+        *,
+        forget: range | None = None,
+        budget: Budget | None = None,
+        threads: int = 1,
     ) -> list[int]:
         """Return the `n` best next tokens, one after the other.
 
         `forget`: positions whose KV rows are removed after the prompt but its last token was read, as if they had
-        been evicted.
+        been evicted. `budget`: the question is then part of the prompt, which is read in one call.
         """
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch = len(tokens) + n, len(tokens)
@@ -60,19 +70,25 @@ class Copier(Gguf):
         parameters.type_k = parameters.type_v = CACHE_TYPES[cache.type]
         enabled, disabled = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.flash_attn_type = enabled if cache.flash else disabled
+        native = budget.native() if budget else None
+        if native is not None:
+            parameters.n_batch = parameters.n_ctx
+            parameters.kv_budget = ctypes.addressof(native)
         context = llama_cpp.llama_init_from_model(self._model, parameters)
         if not context:
             raise RuntimeError(f"llama.cpp makes no context for {cache}")
         try:
-            self._decode(context, tokens[:-1], 0)
+            read = len(tokens) - 1 if budget is None else len(tokens)
+            self._decode(context, tokens[:read], 0)
             if forget is not None:
                 memory = llama_cpp.llama_get_memory(context)
                 if not llama_cpp.llama_memory_seq_rm(memory, 0, forget.start, forget.stop):
                     raise RuntimeError(f"llama.cpp does not remove rows {forget}")
             answer: list[int] = []
             last, position = tokens[-1], len(tokens) - 1
-            for _ in range(n):
-                self._decode(context, [last], position)
+            for step in range(n):
+                if step or read < len(tokens):
+                    self._decode(context, [last], position)
                 logits = llama_cpp.llama_get_logits_ith(context, -1)
                 last, position = max(range(self.vocab_size), key=logits.__getitem__), position + 1
                 answer.append(last)
@@ -106,21 +122,35 @@ def main() -> None:
     parser.add_argument("--ubatch", type=int, default=512, help="tokens computed at a time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--forget", action="store_true", help="drop the asked pair's KV rows first: nothing is found")
+    parser.add_argument("--budgets", default="", metavar="ROWS,…", help="KV rows per layer (default: all)")
+    parser.add_argument("--score", choices=SCORES, default="snapkv", help="(default: %(default)s)")
+    parser.add_argument("--prefill", choices=PREFILLS, default="exact", help="(default: %(default)s)")
+    parser.add_argument("--window", type=int, default=32, help="(default: %(default)s)")
     a = parser.parse_args()
     cache = Cache(a.cache_type, not a.no_flash, a.ubatch)
     with Copier(a.model) as copier:
+        budgets = [
+            Budget((int(rows),) * copier.n_layer, a.window, sinks=4, slack=64, score=a.score, prefill=a.prefill)
+            for rows in filter(None, a.budgets.split(","))
+        ]
         for length in map(int, a.lengths.split(",")):
             for depth in map(float, a.depths.split(",")):
-                start, found = time.monotonic(), 0
-                for seed in range(a.trials):
-                    made = needle(
-                        length, depth, seed, n_pairs=a.pairs, value_tokens=a.value_tokens, vocab_size=copier.vocab_size
-                    )
-                    forget = made.rows if a.forget else None
-                    got = copier.greedy(made.tokens, len(made.answer), cache, forget=forget, threads=a.threads)
-                    found += got == made.answer
-                seconds = time.monotonic() - start
-                print(f"length {length:7} depth {depth:4.2f}: {found}/{a.trials} found, {seconds:.1f} s", flush=True)
+                for budget in budgets or [None]:
+                    start, found = time.monotonic(), 0
+                    for seed in range(a.trials):
+                        made = needle(
+                            length, depth, seed,
+                            n_pairs=a.pairs, value_tokens=a.value_tokens, vocab_size=copier.vocab_size,
+                        )  # fmt: skip
+                        forget = made.rows if a.forget else None
+                        got = copier.greedy(
+                            made.tokens, len(made.answer), cache, forget=forget, budget=budget, threads=a.threads
+                        )
+                        found += got == made.answer
+                    seconds = time.monotonic() - start
+                    rows = f" budget {budget.rows[0]:5}" if budget else ""
+                    print(f"length {length:7} depth {depth:4.2f}{rows}: {found}/{a.trials} found, {seconds:.1f} s",
+                          flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from helpers import tiny_models
+from helpers.kv_library import BudgetModel
+from helpers.kv_models import Models
 from ziggurat.runtime.bindings import Model, kv
 from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 
@@ -54,3 +56,16 @@ def engine(spm_path: Path) -> Iterator[LlamaEngine]:
     with LlamaEngine(spm_path, EngineSettings(n_ctx=512, threads=1)) as engine:
         engine.load()
         yield engine
+
+
+@pytest.fixture(scope="session")
+def kv_files(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """F32 models with heads of every kind, by name, for the KV budgets."""
+    return Models(tmp_path_factory.mktemp("kv"))
+
+
+@pytest.fixture(scope="session")
+def kv_model(kv_files: Models) -> Iterator[BudgetModel]:
+    """The one with two query heads for each KV head, and three layers."""
+    with BudgetModel(kv_files["gqa"]) as model:
+        yield model

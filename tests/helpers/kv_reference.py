@@ -1,0 +1,246 @@
+"""What a model with KV budgets has to compute, written down once more in NumPy and F64, a layer at a time.
+
+A Llama-style forward pass from a GGUF's F32 weights (Llama, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, Granite), a cache
+whose rows are kept per KV head, and the selection: SnapKV's observation window (arXiv 2404.14469) with sinks, or the
+latest rows.
+No chunks, no stage, no capacity: a prompt is read whole and then brought down to its budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from helpers.kv_library import Budget, Ints
+
+Array = npt.NDArray[np.float64]
+_PAIRS_APART = ("qwen2", "qwen3", "qwen3moe", "phi3")  # RoPE turns (i, i + d/2), elsewhere (2i, 2i + 1)
+
+
+class Weights:
+    """The tensors of a GGUF file and what its metadata says about them."""
+
+    def __init__(self, path: Path) -> None:
+        reader = gguf.GGUFReader(path)
+        self._tensors: dict[str, Array] = {t.name: np.asarray(t.data).astype(np.float64) for t in reader.tensors}
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        self.arch = str(fields["general.architecture"])
+
+        def get(name: str, default: object = None) -> object:
+            return fields.get(f"{self.arch}.{name}", default)
+
+        def number(name: str, default: float = 0.0) -> float:
+            value = get(name, default)
+            assert isinstance(value, int | float)
+            return value
+
+        self.n_layer = int(number("block_count"))
+        heads, kv_heads = get("attention.head_count"), get("attention.head_count_kv")
+        self.heads = list(heads) if isinstance(heads, list) else [int(str(heads))] * self.n_layer
+        self.kv_heads = list(kv_heads) if isinstance(kv_heads, list) else [int(str(kv_heads))] * self.n_layer
+        self.head_dim = int(number("attention.key_length", number("embedding_length") / self.heads[0]))
+        self.rope_base = number("rope.freq_base", 10000.0)
+        self.eps = number("attention.layer_norm_rms_epsilon")
+        self.scale = number("attention.scale", self.head_dim**-0.5)
+        self.experts_used = int(number("expert_used_count"))
+
+    def get(self, name: str) -> Array | None:
+        return self._tensors.get(name)
+
+    def __getitem__(self, name: str) -> Array:
+        return self._tensors[name]
+
+
+@dataclass
+class Rows:
+    """One layer's cache: keys and values (KV heads, rows, d) with their positions, ascending; the last queries."""
+
+    keys: Array
+    values: Array
+    positions: Ints
+    queries: Array
+    """(heads, at most window, d), after RoPE."""
+
+    def keep(self, columns: npt.NDArray[np.intp]) -> None:
+        """Drop all rows but these, (KV heads, n) indices."""
+        self.keys = np.take_along_axis(self.keys, columns[:, :, None], 1)
+        self.values = np.take_along_axis(self.values, columns[:, :, None], 1)
+        self.positions = np.take_along_axis(self.positions, columns, 1)
+
+
+class ReferenceSequence:
+    """One sequence in the reference's cache. Nothing is evicted before `select` is called."""
+
+    def __init__(self, weights: Weights, budget: Budget | None = None) -> None:
+        self.w, self.budget = weights, budget
+        self.n = 0
+        self.layers = [
+            Rows(
+                *(np.zeros((kv, 0, weights.head_dim)) for _ in range(2)),
+                np.zeros((kv, 0), np.int32),
+                np.zeros((heads, 0, weights.head_dim)),
+            )
+            for heads, kv in zip(weights.heads, weights.kv_heads, strict=True)
+        ]
+
+    def read(self, tokens: Sequence[int]) -> Array:
+        """Append tokens; return the logits after each of them, (tokens, vocabulary)."""
+        w = self.w
+        positions = np.arange(self.n, self.n + len(tokens), dtype=np.int32)
+        self.n += len(tokens)
+        hidden = w["token_embd.weight"][list(tokens)]
+        for layer in range(w.n_layer):
+            name = f"blk.{layer}."
+            hidden = hidden + self._attention(layer, name, self._norm(hidden, name + "attn_norm.weight"), positions)
+            hidden = hidden + self._ffn(name, self._norm(hidden, name + "ffn_norm.weight"))
+        output = w.get("output.weight")
+        final: Array = (
+            self._norm(hidden, "output_norm.weight") @ (w["token_embd.weight"] if output is None else output).T
+        )
+        return final
+
+    def forget(self, count: int) -> None:
+        """Roll the last tokens back. Queries that the window had left behind do not come back."""
+        self.n -= count
+        for layer in self.layers:
+            layer.queries = layer.queries[:, :-count]
+            left = np.arange(layer.positions.shape[1] - count)
+            layer.keep(np.tile(left, (len(layer.positions), 1)))
+
+    def rows(self) -> tuple[int, ...]:
+        return tuple(layer.positions.shape[1] for layer in self.layers)
+
+    def _norm(self, x: Array, name: str) -> Array:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.w.eps) * self.w[name]
+
+    def _project(self, name: str, part: str, x: Array) -> Array:
+        y = x @ self.w[f"{name}attn_{part}.weight"].T
+        bias = self.w.get(f"{name}attn_{part}.bias")
+        return y if bias is None else y + bias
+
+    def _attention(self, layer: int, name: str, x: Array, positions: Ints) -> Array:
+        w, cache = self.w, self.layers[layer]
+        heads, kv_heads, d = w.heads[layer], w.kv_heads[layer], w.head_dim
+        if w.get(name + "attn_qkv.weight") is not None:
+            parts = np.split(self._project(name, "qkv", x), [heads * d, (heads + kv_heads) * d], 1)
+        else:
+            parts = [self._project(name, part, x) for part in "qkv"]
+        q, k, v = (part.reshape(len(x), -1, d) for part in parts)
+        if w.get(name + "attn_q_norm.weight") is not None:
+            q, k = self._norm(q, name + "attn_q_norm.weight"), self._norm(k, name + "attn_k_norm.weight")
+        q, k = self._rope(q, positions), self._rope(k, positions)
+        cache.keys = np.concatenate([cache.keys, k.swapaxes(0, 1)], 1)
+        cache.values = np.concatenate([cache.values, v.swapaxes(0, 1)], 1)
+        cache.positions = np.concatenate([cache.positions, np.tile(positions, (kv_heads, 1))], 1)
+        window = self.budget.window if self.budget else 1
+        cache.queries = np.concatenate([cache.queries, q.swapaxes(0, 1)], 1)[:, -window:]
+        weights = _attend(q.swapaxes(0, 1), cache, positions, w.scale)
+        out = weights @ np.repeat(cache.values, heads // kv_heads, 0)
+        return self._project(name, "output", out.swapaxes(0, 1).reshape(len(x), heads * d))
+
+    def _rope(self, x: Array, positions: Ints) -> Array:
+        d = x.shape[-1]
+        factors = self.w.get("rope_freqs.weight")
+        frequencies = self.w.rope_base ** (-2.0 * np.arange(d // 2) / d) / (1.0 if factors is None else factors)
+        angle = (positions[:, None] * frequencies)[:, None]
+        apart = self.w.arch in _PAIRS_APART
+        a, b = (x[..., : d // 2], x[..., d // 2 :]) if apart else (x[..., ::2], x[..., 1::2])
+        turned = a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)
+        return np.concatenate(turned, -1) if apart else np.stack(turned, -1).reshape(x.shape)
+
+    def _ffn(self, name: str, x: Array) -> Array:
+        w = self.w
+        router = w.get(name + "ffn_gate_inp.weight")
+        if router is None:
+            up = x @ w[name + "ffn_up.weight"].T
+            gate, up = np.split(up, 2, 1) if self.w.arch == "phi3" else (x @ w[name + "ffn_gate.weight"].T, up)
+            down: Array = (gate / (1 + np.exp(-gate)) * up) @ w[name + "ffn_down.weight"].T
+            return down
+        logits = x @ router.T
+        chosen = np.argsort(-logits, 1)[:, : w.experts_used]
+        share = np.exp(np.take_along_axis(logits, chosen, 1) - logits.max(1, keepdims=True))
+        share /= share.sum(1, keepdims=True)
+        gates, ups, downs = (w[f"{name}ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+        out = np.zeros_like(x)
+        for expert in range(len(router)):
+            at, place = np.nonzero(chosen == expert)
+            gate, up = x[at] @ gates[expert].T, x[at] @ ups[expert].T
+            out[at] += share[at, place][:, None] * ((gate / (1 + np.exp(-gate)) * up) @ downs[expert].T)
+        return out
+
+    def scores(self, layer: int) -> Array:
+        """What the last queries pay to each row before them, pooled: (KV heads, rows - window)."""
+        assert self.budget is not None
+        cache = self.layers[layer]
+        count = cache.queries.shape[1]
+        seen = _attend(cache.queries, cache, np.arange(self.n - count, self.n, dtype=np.int32), self.w.scale)
+        kv_heads = len(cache.keys)
+        mean = seen.mean(1).reshape(kv_heads, -1, seen.shape[-1]).mean(1)[:, : -self.budget.window]
+        return _pooled(mean, self.budget.pool, self.budget.pool_type)
+
+    def wanted(self, layer: int) -> Ints:
+        """Positions that the layer keeps, (KV heads, budget), by the budget's score."""
+        budget, positions = self.budget, self.layers[layer].positions
+        assert budget is not None
+        rows, n = budget.rows[layer], positions.shape[1]
+        if n <= rows:
+            return positions
+        if budget.score == "recent":
+            return np.concatenate([positions[:, : budget.sinks], positions[:, n - rows + budget.sinks :]], 1)
+        between = self.scores(layer)[:, budget.sinks :]
+        best = np.argsort(-between, 1, kind="stable")[:, : rows - budget.sinks - budget.window]
+        columns = np.concatenate(
+            [np.tile(np.r_[: budget.sinks, n - budget.window : n], (len(positions), 1)), best + budget.sinks], 1
+        )
+        return np.take_along_axis(positions, np.sort(columns, 1), 1)
+
+    def select(self, kept: Sequence[Ints] | None = None) -> None:
+        """Bring every layer down to its wanted rows, or to these positions."""
+        for layer, cache in enumerate(self.layers):
+            positions = self.wanted(layer) if kept is None else kept[layer]
+            held = np.stack([np.isin(have, keep) for have, keep in zip(cache.positions, positions, strict=True)])
+            assert (held.sum(1) == positions.shape[1]).all(), "rows are kept that were not there"
+            cache.keep(np.stack([np.flatnonzero(row) for row in held]))
+
+    def swaps(self, layer: int, kept: Ints, tolerance: float) -> int:
+        """How many rows were kept in the place of others that score the same but for `tolerance` (relative).
+
+        AssertionError for any other difference to what is wanted.
+        """
+        wanted, positions = self.wanted(layer), self.layers[layer].positions
+        assert kept.shape == wanted.shape, f"layer {layer}: kept {kept.shape} of wanted {wanted.shape}"
+        swapped = 0
+        for head, (have, want) in enumerate(zip(kept, wanted, strict=True)):
+            assert (np.diff(have) > 0).all(), f"layer {layer}, head {head}: positions {have} do not ascend"
+            extra, missing = np.setdiff1d(have, want), np.setdiff1d(want, have)
+            if not len(extra):
+                continue
+            scores = dict(zip(positions[head].tolist(), self.scores(layer)[head], strict=False))
+            assert all(p in scores for p in extra.tolist()), f"layer {layer}, head {head}: {extra} for {missing}"
+            best, worst = max(scores[p] for p in missing.tolist()), min(scores[p] for p in extra.tolist())
+            assert best - worst <= tolerance * best, f"layer {layer}, head {head}: {extra} kept instead of {missing}"
+            swapped += len(extra)
+        return swapped
+
+
+def _attend(queries: Array, cache: Rows, positions: Ints, scale: float) -> Array:
+    """Softmax weights of queries (heads, n, d) at these positions, (heads, n, rows)."""
+    group = len(queries) // len(cache.keys)
+    scores = queries @ np.repeat(cache.keys, group, 0).swapaxes(1, 2) * scale
+    visible = np.repeat(cache.positions, group, 0)[:, None] <= positions[:, None]
+    scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    normalized: Array = weights / weights.sum(-1, keepdims=True)
+    return normalized
+
+
+def _pooled(x: Array, width: int, kind: str) -> Array:
+    """Stride-1 pooling over the last axis, zeros beside the borders."""
+    padded = np.pad(x, ((0, 0), (width // 2, width // 2)))
+    views = np.stack([padded[:, i : i + x.shape[1]] for i in range(width)])
+    return views.mean(0) if kind == "avg" else views.max(0)

@@ -1,0 +1,228 @@
+"""Random schedules of everything a context with a budget can be asked, against a model of it in Python.
+
+The model knows how many rows every layer must hold, which of them may be rolled back and what must be refused; the
+reference (helpers.kv_reference) knows which rows, and the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from helpers.kv_library import Budget, BudgetModel, Ints, Part, Refused
+from helpers.kv_models import Models, tokens
+from helpers.kv_reference import ReferenceSequence, Weights
+from helpers.stock import nmse
+
+N_CTX, N_SEQ = 256, 3
+BUDGET = Budget((40, 60, 14), window=4, sinks=2, slack=8)
+OWN = [None, (10, 20, 14), (40, 6, 6)]
+SEQUENCES = st.integers(0, N_SEQ - 1)
+LENGTHS = st.sampled_from([1, 1, 1, 1, 2, 3, 9, 14, 15, 33, 61, 150])
+
+
+@dataclass
+class Expected:
+    """One sequence: its tokens seen, and for each layer its rows and how many of them the last selection left."""
+
+    reference: ReferenceSequence
+    used: list[int] = field(default_factory=lambda: [0] * 3)
+    fixed: list[int] = field(default_factory=lambda: [0] * 3)
+    rows: tuple[int, ...] = BUDGET.rows
+
+    @property
+    def tail(self) -> int:
+        """How many of the last tokens can be rolled back."""
+        return min(used - fixed for used, fixed in zip(self.used, self.fixed, strict=True))
+
+    def overflows(self, n: int) -> bool:
+        return any(used + n > rows for used, rows in zip(self.used, self.rows, strict=True))
+
+    def select(self) -> int:
+        """Bring all layers down to their budgets; return how many were above."""
+        above = [layer for layer in range(3) if self.used[layer] > self.rows[layer]]
+        for layer in above:
+            self.used[layer] = self.fixed[layer] = self.rows[layer]
+        return len(above)
+
+    def add(self, n: int) -> None:
+        self.used = [used + n for used in self.used]
+
+
+class Schedule(RuleBasedStateMachine):
+    """Operations on three sequences of one context."""
+
+    path: Path
+    weights: Weights
+    prefill: str
+    options: dict[str, object]
+
+    @initialize()
+    def start(self) -> None:
+        self.model = BudgetModel(self.path)
+        self.context = self.model.context(N_CTX, replace(BUDGET, prefill=self.prefill), n_seq=N_SEQ, **self.options)
+        self.capacity = self.context.capacity()
+        self.sequences = [self._empty() for _ in range(N_SEQ)]
+        self.count = 0
+
+    def _empty(self, rows: tuple[int, ...] = BUDGET.rows) -> Expected:
+        return Expected(ReferenceSequence(self.weights, BUDGET), rows=rows)
+
+    def teardown(self) -> None:
+        if hasattr(self, "context"):
+            self.context.close()
+            self.model.__exit__(None, None, None)
+
+    def _tokens(self, n: int) -> list[int]:
+        self.count += 1
+        return tokens(n, self.count)
+
+    def _full(self, sequence: Expected) -> bool:
+        return any(used == most for used, most in zip(sequence.used, self.capacity, strict=True))
+
+    def _refused(self, sequence: Expected, n: int) -> bool:
+        return n > 1 and sequence.overflows(n) and max(sequence.used) + n > N_CTX
+
+    def _follow(self, index: int, new: int) -> None:
+        """The reference keeps what the context kept, if it may; the last `new` rows came after the selection."""
+        sequence = self.sequences[index]
+        kept: list[Ints] = [positions[:, : positions.shape[1] - new] for positions in self.context.kept(index)]
+        reference = sequence.reference
+        reference.budget = Budget(sequence.rows, BUDGET.window, BUDGET.sinks)
+        for layer, positions in enumerate(kept):
+            reference.swaps(layer, positions, 1e-4)
+        reference.select(kept)
+
+    @rule(parts=st.lists(st.tuples(SEQUENCES, LENGTHS), min_size=1, max_size=N_SEQ, unique_by=lambda part: part[0]))
+    def decode(self, parts: list[tuple[int, int]]) -> None:
+        batch = [Part(index, self._tokens(n)) for index, n in parts]
+        if any(self._refused(self.sequences[index], n) for index, n in parts):
+            with pytest.raises(Refused):
+                self.context.decode(*batch)
+            return
+        logits = self.context.decode(*batch)
+        for part, got in zip(batch, logits, strict=True):
+            self._account(part, got[0])
+
+    def _account(self, part: Part, got: np.ndarray) -> None:
+        sequence, n = self.sequences[part.sequence], len(part.tokens)
+        if n == 1 and self._full(sequence):
+            sequence.select()
+            sequence.add(1)
+            self._follow(part.sequence, 1)
+            wanted = sequence.reference.read(part.tokens)
+        else:
+            selects = n > 1 and sequence.overflows(n)
+            sequence.add(n)
+            wanted = sequence.reference.read(part.tokens)
+            if selects:
+                sequence.select()
+                self._follow(part.sequence, 0)
+        assert nmse(got, wanted[-1].astype(np.float32)) < 1e-6
+
+    @rule(index=SEQUENCES, n=st.integers(100, 260))
+    def generate(self, index: int, n: int) -> None:
+        """Single tokens, far enough for a selection now and then."""
+        sequence, generated = self.sequences[index], self._tokens(n)
+        while generated:
+            room = min(most - used for used, most in zip(sequence.used, self.capacity, strict=True))
+            some = generated[: max(room, 1)]
+            generated = generated[len(some) :]
+            logits = [self.context.read([token], index)[0] for token in some]
+            if not room:
+                self._account(Part(index, some), logits[0])
+            else:  # at once, which the reference is quicker at
+                sequence.add(len(some))
+                wanted = sequence.reference.read(some).astype(np.float32)
+                assert nmse(np.stack(logits), wanted) < 1e-6
+
+    @rule(index=SEQUENCES, off=st.sampled_from([-40, -1, 1, 7]), n=st.sampled_from([1, 5]))
+    def wrong_position(self, index: int, off: int, n: int) -> None:
+        start = self.sequences[index].reference.n + off
+        if start >= 0:
+            with pytest.raises((Refused, RuntimeError)):
+                self.context.decode(Part(index, self._tokens(n), start))
+
+    @rule(index=SEQUENCES, count=st.integers(1, 60))
+    def rollback(self, index: int, count: int) -> None:
+        sequence = self.sequences[index]
+        n = sequence.reference.n
+        if count >= n:
+            return
+        possible = count <= sequence.tail
+        assert self.context.remove(index, n - count) == possible
+        if possible:
+            sequence.add(-count)
+            sequence.reference.forget(count)
+
+    @rule(index=SEQUENCES)
+    def remove(self, index: int) -> None:
+        assert self.context.remove(index)
+        self.sequences[index] = self._empty(self.sequences[index].rows)
+
+    @rule(index=SEQUENCES)
+    def select(self, index: int) -> None:
+        sequence = self.sequences[index]
+        if sequence.overflows(0) and not sequence.reference.layers[0].queries.size:  # all were rolled back
+            assert self.context.select(index) == -1
+            assert "queries" in self.context.refusal
+            return
+        above = sequence.select()
+        assert self.context.select(index) == above
+        if above:
+            self._follow(index, 0)
+
+    @rule(index=SEQUENCES, rows=st.sampled_from(OWN))
+    def set_budget(self, index: int, rows: tuple[int, ...] | None) -> None:
+        assert self.context.set_budget(index, rows) == 0
+        self.sequences[index].rows = rows or BUDGET.rows
+
+    @rule(index=SEQUENCES)
+    def copy(self, index: int) -> None:
+        self.context.copy(index, (index + 1) % N_SEQ)
+
+    @invariant()
+    def agrees(self) -> None:
+        for index, sequence in enumerate(getattr(self, "sequences", [])):
+            assert self.context.last(index) == sequence.reference.n - 1
+            assert self.context.rows(index) == tuple(sequence.used) == sequence.reference.rows()
+            for layer, cache in zip(self.context.kept(index), sequence.reference.layers, strict=True):
+                assert np.array_equal(layer.ravel(), cache.positions.ravel())
+
+
+@pytest.mark.parametrize(
+    ("shape", "ubatch", "prefill"), [("gqa", 16, "exact"), ("gqa", 256, "exact"), ("uneven", 16, "lane")]
+)
+def test_random_schedules(shape: str, ubatch: int, prefill: str, kv_files: Models) -> None:
+    """Read layer by layer, and in the lane."""
+    path = kv_files[shape]
+
+    class OfThisModel(Schedule):
+        pass
+
+    OfThisModel.path, OfThisModel.weights = path, Weights(path)
+    OfThisModel.prefill, OfThisModel.options = prefill, {"ubatch": ubatch}
+    run_state_machine_as_test(
+        OfThisModel,
+        settings=settings(
+            max_examples=12,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
