@@ -81,7 +81,8 @@ class ReferenceSequence:
         self.n = 0
         self.layers = [
             Rows(
-                *(np.zeros((kv, 0, weights.head_dim)) for _ in range(2)),
+                np.zeros((kv, 0, weights.head_dim)),
+                np.zeros((kv, 0, weights.head_dim)),
                 np.zeros((kv, 0), np.int32),
                 np.zeros((heads, 0, weights.head_dim)),
             )
@@ -116,10 +117,11 @@ class ReferenceSequence:
         return tuple(layer.positions.shape[1] for layer in self.layers)
 
     def _norm(self, x: Array, name: str) -> Array:
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.w.eps) * self.w[name]
+        scaled: Array = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.w.eps) * self.w[name]
+        return scaled
 
     def _project(self, name: str, part: str, x: Array) -> Array:
-        y = x @ self.w[f"{name}attn_{part}.weight"].T
+        y: Array = x @ self.w[f"{name}attn_{part}.weight"].T
         bias = self.w.get(f"{name}attn_{part}.bias")
         return y if bias is None else y + bias
 
@@ -243,4 +245,5 @@ def _pooled(x: Array, width: int, kind: str) -> Array:
     """Stride-1 pooling over the last axis, zeros beside the borders."""
     padded = np.pad(x, ((0, 0), (width // 2, width // 2)))
     views = np.stack([padded[:, i : i + x.shape[1]] for i in range(width)])
-    return views.mean(0) if kind == "avg" else views.max(0)
+    result: Array = views.mean(0) if kind == "avg" else views.max(0)
+    return result

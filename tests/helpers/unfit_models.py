@@ -16,8 +16,8 @@ def write_bloom(path: Path) -> Path:
     writer = _writer(path, "bloom")
     writer.add_head_count(4)
     writer.add_layer_norm_eps(1e-5)
-    norms = ("token_embd_norm", "output_norm")
-    shapes = {"token_embd.weight": (len(spm_tokens().texts), N_EMBD)}
+    norms: tuple[str, ...] = ("token_embd_norm", "output_norm")
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(spm_tokens().texts), N_EMBD)}
     for layer in range(N_LAYER):
         block = f"blk.{layer}."
         norms += (block + "attn_norm", block + "ffn_norm")
