@@ -18,12 +18,18 @@ class Gguf:
     """A loaded GGUF file. Use it as a context manager."""
 
     def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
-        llama_cpp.llama_log_set(_CALLBACK, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = vocab_only
         parameters.n_gpu_layers = 0
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        # whoever listens to the library's log, the runtime among them, goes on listening afterwards
+        before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+        llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+        llama_cpp.llama_log_set(_CALLBACK, ctypes.c_void_p(0))
+        try:
+            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        finally:
+            llama_cpp.llama_log_set(before, data)
         if not self._model:
             raise RuntimeError(f"llama.cpp does not load {path}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)

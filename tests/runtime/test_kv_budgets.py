@@ -319,7 +319,20 @@ def test_a_model_that_copies_finds_what_is_kept(tmp_path: Path, capsys: pytest.C
         arguments = ["eval", path, "--needle", "--needle-form", "tokens", "--needle-lengths", 1500]
         arguments += ["--needle-facts", 6, "--needle-trials", 1, "--needle-depths", "0.2,0.5", "--json", report]
         # the last token asks for the first of four, and pooling keeps those beside it
-        arguments += ["--ubatch", 64, "--threads", 1, "--kv-budget", 64, "--kv-policy", preset, "--kv-pool", 9]
+        arguments += [
+            "--ubatch",
+            64,
+            "--threads",
+            1,
+            "--kv-budget",
+            64,
+            "--kv-policy",
+            preset,
+            "--kv-pool",
+            9,
+            "--kv-pool-type",
+            "avg",
+        ]
         assert cli.run_command(cli.ziggurat, "ziggurat", [str(argument) for argument in arguments]) == 0
         right[preset] = json.loads(report.read_text())["needle"]["accuracy"]
     assert right == {"pyramid": 1.0, "streaming": 0.0}
