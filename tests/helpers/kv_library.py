@@ -99,7 +99,7 @@ def _array(values: Sequence[int]) -> Any:
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Any:
-    function = llama_cpp.llama_cpp._lib[name]  # a function of our own: an attribute is shared with the bindings under test
+    function = llama_cpp.llama_cpp._lib[name]  # an attribute is shared with the bindings under test
     function.restype, function.argtypes = result, list(arguments)
     return function
 
