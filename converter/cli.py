@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ziggurat.converter.errors import ConvertError
+from ziggurat.converter.prune import CRITERIA, prune_settings
 from ziggurat.converter.recipes import FTYPES
 from ziggurat.converter.report import Estimate, Report
 
@@ -45,6 +46,10 @@ LINE_SECONDS = 10.0
 )
 @click.option("--no-imatrix", is_flag=True, help="Quantize without an importance matrix.")
 @click.option("--no-awq", is_flag=True, help="Quantize without activation-aware scales.")
+@click.option("--prune", metavar="N|N%", help="Remove this many blocks, or this share of them, and repair the rest.")
+@click.option("--prune-blocks", metavar="LIST", help="Remove these blocks, counted from 0: 5,8-10.")
+@click.option("--prune-by", type=click.Choice(CRITERIA), help="What --prune chooses blocks by.  [default: influence]")
+@click.option("--no-repair", is_flag=True, help="Leave the blocks that stay as they are.")
 @click.option("--pre", metavar="NAME", help="Pre-tokenizer to write instead of the recognized one.")
 @click.option("--name", metavar="TEXT", help="Model name to write; default: from the model card or the folder.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the report there as JSON.")
@@ -56,9 +61,9 @@ LINE_SECONDS = 10.0
 @click.option("--verbose", "-v", is_flag=True, help="Show what the libraries log.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
 def convert(  # noqa: PLR0913 - one parameter per option
-    model: str, out: Path, type_name: str, imatrix: Path | None, no_imatrix: bool, no_awq: bool, pre: str | None,
-    name: str | None, report: Path | None, threads: int | None, force: bool, ignore_code: bool, verbose: bool,
-    debug: bool,
+    model: str, out: Path, type_name: str, imatrix: Path | None, no_imatrix: bool, no_awq: bool, prune: str | None,
+    prune_blocks: str | None, prune_by: str | None, no_repair: bool, pre: str | None, name: str | None,
+    report: Path | None, threads: int | None, force: bool, ignore_code: bool, verbose: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL, a Hugging Face folder or hub id, to the GGUF file OUT."""
     console = Console(stderr=True, highlight=False)
@@ -73,7 +78,7 @@ def convert(  # noqa: PLR0913 - one parameter per option
         _quiet_libraries(verbose=verbose)
         settings = ConvertSettings(
             type=type_name.lower(), imatrix=imatrix, pre=pre, name=name, threads=threads, report=report, force=force,
-            ignore_code=ignore_code,
+            ignore_code=ignore_code, prune=prune_settings(prune, prune_blocks, prune_by, repair=not no_repair),
         )  # fmt: skip
         with _Display(console) as display:
             result = run(model, out, settings, display)

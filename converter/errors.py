@@ -35,3 +35,7 @@ class OutputError(ConvertError):
 
 class LibraryError(ConvertError):
     """The installed llama-cpp-python is not the patched one."""
+
+
+class PruneError(ConvertError):
+    """Blocks cannot be removed as asked: the wrong ones, too many, or from a model that would not stand it."""

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter import hub, quantize, recipes, upstream
+from ziggurat.converter import depth, hub, quantize, recipes, surgery, upstream
 from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.errors import ConvertError, ImatrixError, OutputError, TokenizerError
 from ziggurat.converter.imatrix import read_imatrix
 from ziggurat.converter.loadable import check_loadable
+from ziggurat.converter.prune import PruneSettings
 from ziggurat.converter.report import Estimate, Report, estimate, peak_memory_bytes, share_by_type, write_json
 from ziggurat.converter.write import GGUFFile, check_target
 
@@ -43,6 +44,8 @@ class ConvertSettings:
     """Replace an existing output file."""
     ignore_code: bool = False
     """Convert a checkpoint that brings its own Python code as what its architecture's name says, without that code."""
+    prune: PruneSettings | None = None
+    """Which blocks to remove; None: none."""
 
 
 class Progress(Protocol):
@@ -94,8 +97,14 @@ def convert(
     if settings.pre is not None and plan.value("tokenizer.ggml.pre") != settings.pre:
         kind = plan.value("tokenizer.ggml.model")
         raise TokenizerError(f"a tokenizer of the kind {kind!r} has no pre-tokenizer to name: leave --pre out")
-    types = recipes.choose(plan, settings.type, imatrix=importance)
     _check_importance(plan, importance)
+    shape, record = plan.model_shape(), None
+    if settings.prune is not None:
+        n_layer = surgery.block_count(plan)
+        plan, record = depth.prune(checkpoint, plan, settings.prune)
+        if importance is not None:
+            importance = surgery.renumber_keys(importance, n_layer, record.blocks)
+    types = recipes.choose(plan, settings.type, imatrix=importance, shape=shape)
     threads = settings.threads or len(os.sched_getaffinity(0))
     layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
 
@@ -127,6 +136,7 @@ def convert(
         seconds=time.perf_counter() - start,
         threads=threads,
         peak_memory_bytes=peak_memory_bytes(),
+        prune=record,
     )
     if settings.report is not None:
         write_json(settings.report, report.to_json())
