@@ -25,6 +25,10 @@ class QuantizeError(ConvertError):
     """A tensor cannot be quantized as asked: non-finite values, or an importance matrix is needed."""
 
 
+class CalibrationError(ConvertError):
+    """The calibration text will not do, the model gives no numbers on it, or an unfinished one is of other inputs."""
+
+
 class ImatrixError(ConvertError):
     """The importance matrix file cannot be read or does not fit the model."""
 
