@@ -34,14 +34,15 @@ class Family:
     """The norm before the head, within the base model."""
     mlp: str = "mlp"
     """The feed-forward part, within a block."""
+    down: str | None = "down_proj"
+    """The linear layer that ends the feed-forward part, within it; None: there are several, one per expert."""
     attention: str = "sdpa"
     """Transformers' attention to compute with: `eager` where `sdpa` leaves something out (soft caps)."""
     experts: Experts | None = None
     """Set for mixtures of experts."""
     post_norm: bool = False
-    """Whether norms follow the attention and the feed-forward part, before their output is added."""
-    index_pattern: bool = False
-    """Whether what a block computes depends on its index (sliding windows in turns)."""
+    """Whether norms follow the attention and the feed-forward part, before their output is added: no linear map of
+    that output can be folded into `down` then."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -50,11 +51,11 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": Family(),
     "Qwen3ForCausalLM": Family(),
     "Phi3ForCausalLM": Family(),
-    "Gemma2ForCausalLM": Family(attention="eager", post_norm=True, index_pattern=True),
-    "Gemma3ForCausalLM": Family(post_norm=True, index_pattern=True),
-    "MixtralForCausalLM": Family(experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2")),
-    "Qwen3MoeForCausalLM": Family(experts=Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj")),
-    "GPT2LMHeadModel": Family(layers="h", embedding="wte", norm="ln_f"),
+    "Gemma2ForCausalLM": Family(attention="eager", post_norm=True),
+    "Gemma3ForCausalLM": Family(post_norm=True),
+    "MixtralForCausalLM": Family(down=None, experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2")),
+    "Qwen3MoeForCausalLM": Family(down=None, experts=Experts("mlp", gate="gate_proj", up="up_proj", down="down_proj")),
+    "GPT2LMHeadModel": Family(layers="h", embedding="wte", norm="ln_f", down="c_proj"),
 }
 
 

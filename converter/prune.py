@@ -166,7 +166,10 @@ def by_angular(angular: npt.NDArray[np.float64], n: int) -> tuple[int, ...]:
 
 
 def by_perplexity(
-    losses: Callable[[tuple[int, ...], Sequence[int]], Sequence[float]], n_layer: int, n: int
+    losses: Callable[[tuple[int, ...], Sequence[int]], Sequence[float]],
+    n_layer: int,
+    n: int,
+    before: tuple[int, ...] = (),
 ) -> tuple[int, ...]:
     """Remove, `n` times, the block whose removal, after the ones before, costs least.
 
@@ -174,12 +177,13 @@ def by_perplexity(
         losses: given the blocks removed so far and candidates, the mean loss without the former and each candidate.
         n_layer: blocks of the model.
         n: how many to remove.
+        before: the choice of fewer, to go on from.
 
     Raises:
         PruneError: every candidate's loss is no number.
     """
-    removed: tuple[int, ...] = ()
-    for _ in range(n):
+    removed = before
+    while len(removed) < n:
         candidates = [i for i in removable(n_layer) if i not in removed]
         measured = dict(zip(candidates, losses(removed, candidates), strict=True))
         finite = [i for i in candidates if np.isfinite(measured[i])]

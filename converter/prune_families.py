@@ -1,4 +1,4 @@
-"""Which models may lose blocks, and into which a repair can be folded: one entry per architecture, as data.
+"""Which models may lose blocks: one entry per architecture, as data.
 
 A block may go if llama.cpp computes every block the same way whatever its index. Where a block's index decides what it
 does (a sliding window in every other block, no rotation in every fourth, dense blocks before those with experts), the
@@ -7,8 +7,6 @@ blocks after a removed one would get another's role, and nothing would tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ziggurat.converter.checkpoint import Checkpoint
@@ -21,51 +19,34 @@ ALTERNATING_KIND = "its blocks are of several kinds that follow each other by th
 LAYER_TABLE = "a table beside the blocks belongs to them by their index"
 
 
-@dataclass(frozen=True)
-class PruneFamily:
-    """What removing blocks means in one architecture."""
+SAFE = (
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
+    "MixtralForCausalLM", "Qwen3MoeForCausalLM", "GPT2LMHeadModel", "Olmo2ForCausalLM",
+)  # fmt: skip
 
-    refusal: str | None = None
-    """Why no block can go; None: blocks can go."""
-    post_norm: bool = False
-    """Whether a norm stands between the down projection and the residual stream: then no linear map of the MLP's
-    output can be folded into the projection."""
-
-
-_PLAIN = PruneFamily()
-
-FAMILIES: Mapping[str, PruneFamily] = {
-    "LlamaForCausalLM": _PLAIN,
-    "MistralForCausalLM": _PLAIN,
-    "Qwen2ForCausalLM": _PLAIN,
-    "Qwen3ForCausalLM": _PLAIN,
-    "Phi3ForCausalLM": _PLAIN,
-    "MixtralForCausalLM": _PLAIN,
-    "Qwen3MoeForCausalLM": _PLAIN,
-    "GPT2LMHeadModel": _PLAIN,
-    "Olmo2ForCausalLM": PruneFamily(post_norm=True),
-    "Gemma2ForCausalLM": PruneFamily(ALTERNATING_WINDOW, post_norm=True),
-    "Gemma3ForCausalLM": PruneFamily(ALTERNATING_WINDOW, post_norm=True),
-    "Gemma3ForConditionalGeneration": PruneFamily(ALTERNATING_WINDOW, post_norm=True),
-    "Gemma3nForConditionalGeneration": PruneFamily(LAYER_TABLE, post_norm=True),
-    "Cohere2ForCausalLM": PruneFamily(ALTERNATING_WINDOW),
-    "GptOssForCausalLM": PruneFamily(ALTERNATING_WINDOW),
-    "Olmo3ForCausalLM": PruneFamily(ALTERNATING_WINDOW, post_norm=True),
-    "Exaone4ForCausalLM": PruneFamily(ALTERNATING_WINDOW, post_norm=True),
-    "Llama4ForCausalLM": PruneFamily(NO_ROTATION),
-    "Llama4ForConditionalGeneration": PruneFamily(NO_ROTATION),
-    "SmolLM3ForCausalLM": PruneFamily(NO_ROTATION),
-    "DeepseekForCausalLM": PruneFamily(DENSE_LEAD),
-    "DeepseekV2ForCausalLM": PruneFamily(DENSE_LEAD),
-    "DeepseekV3ForCausalLM": PruneFamily(DENSE_LEAD),
-    "Glm4MoeForCausalLM": PruneFamily(DENSE_LEAD),
-    "Dots1ForCausalLM": PruneFamily(DENSE_LEAD),
-    "Ernie4_5_MoeForCausalLM": PruneFamily(DENSE_LEAD),
-    "Qwen3NextForCausalLM": PruneFamily(ALTERNATING_KIND),
-    "JambaForCausalLM": PruneFamily(ALTERNATING_KIND),
-    "FalconH1ForCausalLM": PruneFamily(ALTERNATING_KIND),
-    "GraniteMoeHybridForCausalLM": PruneFamily(ALTERNATING_KIND),
-    "Lfm2ForCausalLM": PruneFamily(ALTERNATING_KIND),
+UNSAFE = {
+    "Gemma2ForCausalLM": ALTERNATING_WINDOW,
+    "Gemma3ForCausalLM": ALTERNATING_WINDOW,
+    "Gemma3ForConditionalGeneration": ALTERNATING_WINDOW,
+    "Gemma3nForConditionalGeneration": LAYER_TABLE,
+    "Cohere2ForCausalLM": ALTERNATING_WINDOW,
+    "GptOssForCausalLM": ALTERNATING_WINDOW,
+    "Olmo3ForCausalLM": ALTERNATING_WINDOW,
+    "Exaone4ForCausalLM": ALTERNATING_WINDOW,
+    "Llama4ForCausalLM": NO_ROTATION,
+    "Llama4ForConditionalGeneration": NO_ROTATION,
+    "SmolLM3ForCausalLM": NO_ROTATION,
+    "DeepseekForCausalLM": DENSE_LEAD,
+    "DeepseekV2ForCausalLM": DENSE_LEAD,
+    "DeepseekV3ForCausalLM": DENSE_LEAD,
+    "Glm4MoeForCausalLM": DENSE_LEAD,
+    "Dots1ForCausalLM": DENSE_LEAD,
+    "Ernie4_5_MoeForCausalLM": DENSE_LEAD,
+    "Qwen3NextForCausalLM": ALTERNATING_KIND,
+    "JambaForCausalLM": ALTERNATING_KIND,
+    "FalconH1ForCausalLM": ALTERNATING_KIND,
+    "GraniteMoeHybridForCausalLM": ALTERNATING_KIND,
+    "Lfm2ForCausalLM": ALTERNATING_KIND,
 }
 
 
@@ -96,26 +77,20 @@ INDEX_KEYS = (
 )
 
 
-def family_of(checkpoint: Checkpoint) -> PruneFamily:
-    """The family of a checkpoint from which blocks may be removed.
+def check_prunable(checkpoint: Checkpoint) -> None:
+    """Make sure that the blocks of a checkpoint do not depend on their index.
 
     Raises:
-        PruneError: they may not, with the reason.
+        PruneError: they do, with the reason, or nobody knows.
     """
-    name = checkpoint.architecture
-    family = FAMILIES.get(name)
-    if family is None:
-        known = ", ".join(key for key, value in FAMILIES.items() if value.refusal is None)
+    name, whole = checkpoint.architecture, "convert it whole, without --prune"
+    if name in UNSAFE:
+        raise PruneError(f"no block of a {name} can be removed: {UNSAFE[name]}; {whole}")
+    if name not in SAFE:
         raise PruneError(
-            f"no block of a {name} can be removed: whether its blocks depend on their index is not known here; "
-            f"convert it whole, without --prune (known to stand it: {known})"
+            f"no block of a {name} can be removed: whether its blocks depend on their index is not known here; {whole} "
+            f"(known to stand it: {', '.join(SAFE)})"
         )
-    if family.refusal is not None:
-        raise PruneError(f"no block of a {name} can be removed: {family.refusal}; convert it whole, without --prune")
     for key, tied, why in INDEX_KEYS:
         if tied(checkpoint.config.get(key)):
-            raise PruneError(
-                f"no block of this {name} can be removed: {why} ({key} in config.json); convert it whole, "
-                "without --prune"
-            )
-    return family
+            raise PruneError(f"no block of this {name} can be removed: {why} ({key} in config.json); {whole}")

@@ -11,7 +11,7 @@ BY_LIST = "list"
 
 @dataclass(frozen=True)
 class RepairRecord:
-    """The repair that is in the file, or why there is none; losses in nats per held-out calibration token."""
+    """The repair that is in the file, or why there is none; losses and divergences in nats per held-out token."""
 
     method: str
     """Name of the repair, or "none"."""
@@ -27,6 +27,10 @@ class RepairRecord:
     """Held-out loss without the removed blocks and without repair."""
     loss_repaired: float | None = None
     """Held-out loss of the repair that was tried, kept or not."""
+    divergence_pruned: float | None = None
+    """Held-out divergence from the whole model's predictions, without repair."""
+    divergence_repaired: float | None = None
+    """The same of the repair that was tried, kept or not."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,6 @@ class PruneRecord:
         put("repair.reason", self.repair.reason, kinds.STRING)
         put("repair.blocks", list(self.repair.blocks), kinds.ARRAY, kinds.INT32)
         put("repair.ridge", list(self.repair.ridge), kinds.ARRAY, kinds.FLOAT32)
-        for name in ("loss_whole", "loss_pruned", "loss_repaired"):
+        for name in ("loss_whole", "loss_pruned", "loss_repaired", "divergence_pruned", "divergence_repaired"):
             put(f"repair.{name}", getattr(self.repair, name), kinds.FLOAT32)
         return entries

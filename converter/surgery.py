@@ -22,6 +22,8 @@ _BLOCK = re.compile(r"^blk\.(\d+)\.(.+)$")
 PER_BLOCK = frozenset({"attention.head_count", "attention.head_count_kv", "feed_forward_length"})
 # Arrays with a length of their own, which may happen to be the number of blocks.
 NOT_PER_BLOCK = frozenset({"rope.dimension_sections"})
+# What adds the feed-forward part's output to the residual stream, without `blk.N.` and `.weight`.
+DOWN_PROJECTIONS = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
 # Numbers that count blocks from one end, or say which of them are of another kind.
 INDEX_DEPENDENT = (
     "leading_dense_block_count", "nextn_predict_layers", "interleave_moe_layer_step", "moe_every_n_layers",

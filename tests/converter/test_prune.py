@@ -13,7 +13,7 @@ from ziggurat.converter import prune
 from ziggurat.converter.checkpoint import Checkpoint
 from ziggurat.converter.errors import PruneError
 from ziggurat.converter.prune import PruneSettings
-from ziggurat.converter.prune_families import FAMILIES, family_of
+from ziggurat.converter.prune_families import UNSAFE, check_prunable
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("3", (3, None)), ("25%", (None, 25.0)), (" 12.5 % ", (None, 12.5))])
@@ -121,18 +121,18 @@ def checkpoint(architecture: str, **config: object) -> Checkpoint:
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "GPT2LMHeadModel"])
 def test_families_that_stand_it(name: str) -> None:
     plain = {"layer_types": ["full_attention"] * 4, "mlp_only_layers": [], "decoder_sparse_step": 1}
-    assert not family_of(checkpoint(name, **plain, use_sliding_window=False)).post_norm
+    check_prunable(checkpoint(name, **plain, use_sliding_window=False))
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.refusal])
+@pytest.mark.parametrize("name", UNSAFE)
 def test_families_that_refuse_say_why(name: str) -> None:
     with pytest.raises(PruneError, match="by their index|belongs to them"):
-        family_of(checkpoint(name))
+        check_prunable(checkpoint(name))
 
 
 def test_an_unknown_family_refuses() -> None:
     with pytest.raises(PruneError, match="not known here"):
-        family_of(checkpoint("SomethingForCausalLM"))
+        check_prunable(checkpoint("SomethingForCausalLM"))
 
 
 @pytest.mark.parametrize(
@@ -149,4 +149,4 @@ def test_an_unknown_family_refuses() -> None:
 )
 def test_a_configuration_with_a_pattern_refuses(config: dict[str, object]) -> None:
     with pytest.raises(PruneError, match=next(iter(config))):
-        family_of(checkpoint("LlamaForCausalLM", **config))
+        check_prunable(checkpoint("LlamaForCausalLM", **config))
