@@ -15,9 +15,7 @@ from helpers import families
 from ziggurat.converter.calibration_text import CalibrationTokens
 
 
-def build_deep(
-    folder: Path, layers: int = 5, name: str = "llama_gqa", dtype: Any = "float32", **options: Any
-) -> Path:
+def build_deep(folder: Path, layers: int = 5, name: str = "llama_gqa", dtype: Any = "float32", **options: Any) -> Path:
     """Write a checkpoint of family `name` with `layers` blocks and other options of its config."""
     family = families.FAMILIES[name]
     count = "n_layer" if "n_layer" in family.options else "num_hidden_layers"
