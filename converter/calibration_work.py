@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,23 +67,33 @@ class WorkFolder:
             CalibrationError: the folder holds a calibration of other inputs, or something else, or cannot be written.
         """
         self.folder, self.identity = folder, dict(identity)
-        self._lock: BinaryIO | None = None
+        self._lock = self._locked()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / "lock").open("wb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CalibrationError(f"{folder} is in use by another calibration: wait for it, or name another") from None
+            self.finished = self._read_manifest()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _locked(self) -> BinaryIO:
+        lock: BinaryIO | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("wb")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
         except OSError as e:
-            raise CalibrationError(f"{folder} cannot be written ({e.strerror}): choose another place") from e
-        self.finished = self._read_manifest()
+            if lock is not None:
+                lock.close()
+            reason = f"cannot be written ({e.strerror}): choose another place"
+            if isinstance(e, BlockingIOError):
+                reason = "is in use by another calibration: wait for it, or name another"
+            raise CalibrationError(f"{self.folder} {reason}") from e
 
     def __enter__(self) -> WorkFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     def _read_manifest(self) -> int:
         """Number of finished blocks, after a look whether they are of the same inputs."""
@@ -122,10 +132,11 @@ class WorkFolder:
             keep: leave the hidden states before it as well.
         """
         partial = self.folder / "block.partial"
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # a keyword of its own has another type
-        os.replace(partial, self.folder / f"block-{index:04}.npz")
-        self._write_manifest(index + 1)
+        with self._writing():
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # a keyword of its own has another type
+            os.replace(partial, self.folder / f"block-{index:04}.npz")
+            self._write_manifest(index + 1)
         if not keep:
             self.hidden_path(index).unlink(missing_ok=True)
 
@@ -150,7 +161,19 @@ class WorkFolder:
 
     def write_sample(self, index: int, sample: npt.NDArray[np.float32]) -> None:
         """Keep a sample of the hidden states before block `index`, shape [samples, n_embd]."""
-        np.save(self.folder / f"sample-{index:04}.npy", sample)
+        with self._writing():
+            np.save(self.folder / f"sample-{index:04}.npy", sample)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say what to do when the folder's disk is full or gone."""
+        try:
+            yield
+        except OSError as e:
+            raise CalibrationError(
+                f"{self.folder} cannot be written ({e.strerror}): make room, the calibration goes on from the last "
+                "finished block"
+            ) from e
 
     def samples(self, count: int, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows of the first `count` samples: shape [count, stop - start, n_embd]."""
