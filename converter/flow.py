@@ -61,9 +61,7 @@ class Flow:
         self._ids = CalibrationTokens(np.ascontiguousarray(tokens.ids[order]), tokens.source)
         first = sequences - len(held_out)
         self.fit = batches(first, positions, settings.batch_tokens)
-        self.held_out = [
-            (first + a, first + b) for a, b in batches(len(held_out), positions, settings.batch_tokens)
-        ]
+        self.held_out = [(first + a, first + b) for a, b in batches(len(held_out), positions, settings.batch_tokens)]
         self.blocks, self.tokens, self._progress = blocks, tokens.ids.size, progress
         self._shape = sequences, positions, blocks.n_embd
         whole = (copies * sequences, positions, blocks.n_embd)

@@ -6,8 +6,8 @@ model. ReplaceMe (Shopkhoev et al., arXiv 2505.02819) finds T with T M close to 
 deviations, both because they measure better:
 
 - the regularization pulls T towards the identity instead of zero, so that its strong end is no repair at all;
-- where the projection is one matrix, D is regressed on z itself and W becomes W + B: as many inputs as the MLP is wide,
-  not as many as the model. T M is the special case B = (T - 1) W, so nothing is lost; still exact when D is linear in M.
+- where the projection is one matrix, D is regressed on z itself and W becomes W + B: as many inputs as the MLP is
+  wide, not as the model. T M is the special case B = (T - 1) W, so it stays exact when D is linear in M.
 
 Tokens weigh by the size of the wanted hidden state (`weights`): the norm before the next block divides by it, and a few
 tokens of enormous states, the first of a text, would otherwise decide everything.

@@ -66,9 +66,13 @@ class Repaired:
         Judged by divergence, not by the loss: on a text that is strange to a model, a cut one may guess better by
         chance.
         """
-        return bool(self.folds) and self.divergence_repaired is not None and (
-            self.divergence_repaired < self.divergence_pruned
-            or (math.isfinite(self.divergence_repaired) and not math.isfinite(self.divergence_pruned))
+        return (
+            bool(self.folds)
+            and self.divergence_repaired is not None
+            and (
+                self.divergence_repaired < self.divergence_pruned
+                or (math.isfinite(self.divergence_repaired) and not math.isfinite(self.divergence_pruned))
+            )
         )
 
 
