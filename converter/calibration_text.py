@@ -25,8 +25,8 @@ BUILT_IN = "built-in"
 TEXTS = ("prose.txt", "code.txt", "languages.txt")
 DIALOGUES = "dialogues.json"
 
-# Of a text longer than this per wanted token, pieces spread over it are read.
-BYTES_PER_TOKEN = 64
+# Of a text longer than this, and than so much per wanted token, pieces spread over it are tokenized.
+LEAST_CHARACTERS, CHARACTERS_PER_TOKEN = 1 << 20, 64
 PIECES = 64
 
 # Stands before a chat template: those that print the date give the same tokens tomorrow.
@@ -84,7 +84,7 @@ def read_tokens(checkpoint: Checkpoint, settings: TextSettings | None = None) ->
     tokenizer = _tokenizer(checkpoint)
     if texts is None:
         texts = built_in_texts(tokenizer)
-    text = excerpt("\n\n".join(texts), BYTES_PER_TOKEN * settings.tokens)
+    text = excerpt("\n\n".join(texts), max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * settings.tokens))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     begin = _begin(tokenizer)
     body = settings.sequence - len(begin)
