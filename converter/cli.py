@@ -87,9 +87,9 @@ from ziggurat.converter.report import Report
 def convert(  # noqa: PLR0913 - one parameter per option
     model: str, out: Path | None, type_name: str, imatrix: Path | None, no_imatrix: bool, no_awq: bool,
     prune: str | None, prune_blocks: str | None, prune_by: str | None, no_repair: bool, prune_report: bool,
-    plot: Path | None, calibration: Path | None, calibration_tokens: int, calibration_sequence: int, seed: int, device: str,
-    pre: str | None, name: str | None,
-    report: Path | None, threads: int | None, force: bool, ignore_code: bool, verbose: bool, debug: bool,
+    plot: Path | None, calibration: Path | None, calibration_tokens: int, calibration_sequence: int, seed: int,
+    device: str, pre: str | None, name: str | None, report: Path | None, threads: int | None, force: bool,
+    ignore_code: bool, verbose: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL, a Hugging Face folder or hub id, to the GGUF file OUT."""
     console = Console(stderr=True, highlight=False)
