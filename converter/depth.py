@@ -99,7 +99,8 @@ def prune(
     else:
         removed = measuring.choose(settings.by, choice.number_to_remove(settings, n_layer))
     plan_without = surgery.remove_blocks(plan, removed)  # what it refuses, it refuses before the repair's work
-    record, folds = RepairRecord("none", "not asked for"), dict[int, "Fold"]()
+    record = RepairRecord("none", "not asked for")
+    folds: Mapping[int, Fold] = {}
     if settings.repair:
         record, folds = _repair(measuring.cut(removed))
     measured = settings.repair or not settings.blocks
@@ -117,18 +118,19 @@ def prune(
 
 
 def _repair(repaired: Repaired) -> tuple[RepairRecord, Mapping[int, Fold]]:
-    losses = {
-        "loss_whole": repaired.loss_whole,
-        "loss_pruned": repaired.loss_pruned,
-        "loss_repaired": repaired.loss_repaired,
-        "divergence_pruned": repaired.divergence_pruned,
-        "divergence_repaired": repaired.divergence_repaired,
-    }
+    record = RepairRecord(
+        METHOD,
+        loss_whole=repaired.loss_whole,
+        loss_pruned=repaired.loss_pruned,
+        loss_repaired=repaired.loss_repaired,
+        divergence_pruned=repaired.divergence_pruned,
+        divergence_repaired=repaired.divergence_repaired,
+    )
     if not repaired.helps:
         reason = "on held-out calibration tokens the predictions are no nearer to the whole model's with it"
-        return RepairRecord("none", reason, **losses), {}
-    blocks = tuple(repaired.folds)
-    return RepairRecord(METHOD, None, blocks, tuple(repaired.ridge[i] for i in blocks), **losses), repaired.folds
+        return dataclasses.replace(record, method="none", reason=reason), {}
+    ridge = tuple(repaired.ridge[i] for i in repaired.folds)
+    return dataclasses.replace(record, blocks=tuple(repaired.folds), ridge=ridge), repaired.folds
 
 
 def _folded(tensor: PlannedTensor, folds: Mapping[int, Fold]) -> PlannedTensor:

@@ -122,7 +122,8 @@ class _Cut:
         n_layer, n_removed, tokens = self.flow.blocks.n_layer, len(self.removed), self.flow.tokens
         cut = n_layer - n_removed - (self.removed[0] - 1 if self.removed else n_layer)
         held = sum(b - a for a, b in self.flow.held_out) / sum(b - a for a, b in self.flow.all)
-        return round(tokens * (n_layer + cut * held + (2 * cut if self.settings else 0)))
+        steps = tokens * (n_layer + cut * held + (2 * cut if self.settings else 0))
+        return int(steps)
 
     def result(self) -> Repaired:
         """Go through the blocks."""
