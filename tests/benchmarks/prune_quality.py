@@ -2,7 +2,8 @@
 
 Each cut model is converted to bf16 and compared with the whole one: perplexity and mean KL divergence on held-out text,
 share of hidden facts found in documents of 512 tokens. Beside it, on the calibration's own held-out tokens, what the
-parts of the repair bring. Calibrated on parts of the texts that the model was trained on; evaluated on others.
+parts of the repair bring. Calibrated on parts of the texts that the model was trained on and on chats that ask for
+facts; evaluated on other texts and other facts.
 
 usage: python tests/benchmarks/prune_quality.py --texts DIR [--json FILE] [--plot FILE.png] [--trials 8] [--threads 1]
 DIR holds the texts of tests/reference_model/README.md.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,11 @@ sys.path.insert(0, str(MODEL))
 COUNTS = (1, 2, 3, 4)
 TEXTS = ("tinystories_more.txt", "wikitext_valid.txt", "tinyshakespeare.txt", "dialogues.txt")
 CALIBRATION_CHARACTERS, HELD_OUT_CHARACTERS = 40_000, 16_000
+CHATS, CHAT_SENTENCES, CHAT_FACTS = 60, 24, 4
+CHAT = (
+    "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>"
+)
 VARIANTS = {
     "ReplaceMe": {"inputs": False, "behind": False, "weighted": False},
     "+ weighted tokens": {"inputs": False, "behind": False},
@@ -33,7 +40,25 @@ VARIANTS = {
 }
 
 
-def write_texts(source: Path, folder: Path) -> tuple[Path, Path]:
+def chats(stories: str) -> str:
+    """Chats in which facts hidden in stories are asked for: without any, calibration knows nothing of looking back."""
+    from notebooks import QUESTIONS, draw_facts
+
+    rng = random.Random(0)
+    sentences = [s.strip() + "." for s in stories[:200_000].replace("\n", " ").split(".") if 20 < len(s) < 120]
+    written = []
+    for _ in range(CHATS):
+        start = rng.randrange(len(sentences) - CHAT_SENTENCES)
+        lines, facts = sentences[start : start + CHAT_SENTENCES], draw_facts(rng, CHAT_FACTS)
+        for fact in facts:
+            lines.insert(rng.randrange(len(lines) + 1), fact.sentence)
+        asked = rng.choice(facts)
+        question = rng.choice(QUESTIONS).format(key=asked.key)
+        written.append(CHAT.format(text=" ".join([*lines, question]), answer=asked.sentence))
+    return "\n".join(written)
+
+
+def write_texts(source: Path, folder: Path, *, facts: bool) -> tuple[Path, Path]:
     """A calibration folder from the training part of the texts, and a file from their held-out part."""
     from data import read_text
 
@@ -43,6 +68,8 @@ def write_texts(source: Path, folder: Path) -> tuple[Path, Path]:
         text = read_text(source, name)
         start = len(text) // 3
         (calibration / name).write_text(text[start : start + CALIBRATION_CHARACTERS], encoding="utf-8")
+    if facts:
+        (calibration / "chats.txt").write_text(chats(read_text(source, "tinystories_train.txt")), encoding="utf-8")
     parts = (read_text(source, name, held_out=True)[:HELD_OUT_CHARACTERS] for name in TEXTS)
     held_out.write_text("\n\n".join(parts), encoding="utf-8")
     return calibration, held_out
@@ -79,7 +106,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from ziggurat.converter.prune import CRITERIA, PruneSettings
     from ziggurat.converter.repair_pass import RepairSettings, cut
 
-    calibration, text = write_texts(options.texts, folder)
+    calibration, text = write_texts(options.texts, folder, facts=not options.no_facts)
     settings, source = CalibrateSettings(threads=options.threads), TextSettings(calibration)
     measuring = Measuring(open_checkpoint(MODEL), source, settings, Silent())
     whole = folder / "whole.gguf"
@@ -166,6 +193,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--no-facts", action="store_true", help="calibrate on the texts alone, without chats")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -19,7 +19,7 @@ from ziggurat.converter.calibrate import CalibrateSettings, Silent
 from ziggurat.converter.calibration_text import TextSettings, read_tokens
 from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.cli import convert as command
-from ziggurat.converter.errors import PruneError
+from ziggurat.converter.errors import CalibrationError, PruneError
 from ziggurat.converter.pipeline import ConvertSettings, convert, work_folder
 from ziggurat.converter.prune import PruneSettings
 from ziggurat.converter.repair_pass import RepairSettings, cut
@@ -173,3 +173,53 @@ def test_nan_weights_are_refused(model: Path, tmp_path: Path) -> None:
 )
 def test_wrong_calls(model: Path, words: list[str]) -> None:
     assert run(model, *words).exit_code == 2
+
+
+class _Stop:
+    """Interrupts a conversion when a stage has taken some steps."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self._wanted, self._left, self._stage = stage, steps, ""
+
+    def planned(self, estimate: object) -> None:
+        self._stage = "write"
+
+    def advance(self, parameters: int, tensor: str) -> None:
+        self._count()
+
+    def stage(self, name: str, total: int) -> None:
+        self._stage = name
+
+    def step(self, count: int, what: str) -> None:
+        self._count()
+
+    def _count(self) -> None:
+        if self._stage == self._wanted:
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stage", ["calibration", "repair", "write"])
+def test_an_interrupted_conversion_goes_on_to_the_same_file(model: Path, tmp_path: Path, stage: str) -> None:
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    convert(model, whole, settings(count=2))
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, out, settings(count=2), _Stop(stage, 2))
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["whole.gguf"]
+    other = ConvertSettings(
+        type="f32", threads=1, prune=PruneSettings(count=2), calibration=TextSettings(tokens=512, sequence=64)
+    )
+    with pytest.raises(CalibrationError, match="differs in"):
+        convert(model, out, other)
+    convert(model, out, settings(count=2))
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
+
+
+def test_greedy_perplexity_interrupted(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            model, tmp_path / "out.gguf", settings(count=1, by="perplexity"), _Stop("perplexity without each block", 3)
+        )
+    assert not (tmp_path / "out.gguf").exists()
