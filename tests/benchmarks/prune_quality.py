@@ -183,7 +183,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="blocks removed of 8", ylabel=label, xticks=[0, *COUNTS])
         if key == "perplexity":
             axes.set_yscale("log")
-            axes.legend(fontsize=7)
+            axes.set_yticks([30, 50, 100, 200], ["30", "50", "100", "200"], minor=False)
+            axes.set_yticks([], minor=True)
+            axes.legend(fontsize=7, handlelength=3.5)
     figure.savefig(path, dpi=110)
 
 
