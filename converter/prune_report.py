@@ -128,6 +128,7 @@ def plot(found: PruneReport, path: Path) -> None:
     """
     check_plot()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -139,6 +140,8 @@ def plot(found: PruneReport, path: Path) -> None:
     if all(value is not None for value in repaired):
         right.plot(counts, [found.perplexity, *repaired], "s-", label="repaired")
     right.set(xlabel=f"blocks removed (by {found.criterion})", ylabel="perplexity", yscale="log", xticks=counts)
+    for axis_ticks in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        axis_ticks(ScalarFormatter())
     right.legend()
     partial = partial_name(path)
     try:
