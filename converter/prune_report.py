@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from ziggurat.converter.calibration_text import TextSettings
 from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.depth import Measuring
 from ziggurat.converter.errors import LibraryError, OutputError, PruneError
-from ziggurat.converter.repair_pass import perplexity
 from ziggurat.converter.write import partial_name, real
 
 # Up to so many blocks, or a quarter of them all if that is more.
@@ -105,6 +105,14 @@ def report(
         str(model), by, measuring.tokens.source, measuring.tokens.ids.size, tuple(float(x) for x in influence),
         perplexity(whole), tuple(rows),
     )  # fmt: skip
+
+
+def perplexity(loss: float) -> float:
+    """Perplexity of a mean loss in nats; infinite where it is beyond floats or no number."""
+    try:
+        return math.exp(loss) if math.isfinite(loss) else math.inf
+    except OverflowError:
+        return math.inf
 
 
 def check_plot() -> None:

@@ -226,11 +226,3 @@ def _regressors(block: Block, on_inputs: bool) -> Iterator[list[torch.Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def perplexity(loss: float) -> float:
-    """Perplexity of a mean loss in nats; infinite where it is beyond floats or no number."""
-    try:
-        return math.exp(loss) if math.isfinite(loss) else math.inf
-    except OverflowError:
-        return math.inf
