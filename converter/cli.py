@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,21 +16,19 @@ from typing import NoReturn
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
+from ziggurat.converter.display import Display, duration_text, size_text
 from ziggurat.converter.errors import ConvertError
+from ziggurat.converter.prune import CRITERIA, prune_settings
+from ziggurat.converter.prune_display import ReportOptions, removed_text, show_prune_report
 from ziggurat.converter.recipes import FTYPES
-from ziggurat.converter.report import Estimate, Report
-
-# Without a terminal, a line of progress this often.
-LINE_SECONDS = 10.0
+from ziggurat.converter.report import Report
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--type",
     "type_name",
@@ -45,6 +42,38 @@ LINE_SECONDS = 10.0
 )
 @click.option("--no-imatrix", is_flag=True, help="Quantize without an importance matrix.")
 @click.option("--no-awq", is_flag=True, help="Quantize without activation-aware scales.")
+@click.option("--prune", metavar="N|N%", help="Remove this many blocks, or this share of them, and repair the rest.")
+@click.option("--prune-blocks", metavar="LIST", help="Remove these blocks, counted from 0: 5,8-10.")
+@click.option("--prune-by", type=click.Choice(CRITERIA), help="What --prune chooses blocks by.  [default: influence]")
+@click.option("--no-repair", is_flag=True, help="Leave the blocks that stay as they are.")
+@click.option(
+    "--prune-report", is_flag=True, help="Write no model: measure what removing 1, 2, … blocks (up to --prune) costs."
+)
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the --prune-report there.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Text file, or folder of them, to measure the model on; default: a text that ships with Ziggurat.",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(16),
+    default=16384,
+    show_default=True,
+    metavar="N",
+    help="Use at most so many tokens of it.",
+)
+@click.option(
+    "--calibration-sequence",
+    type=click.IntRange(8),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens in each of its sequences.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses its sequences.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to run the model on it.")
 @click.option("--pre", metavar="NAME", help="Pre-tokenizer to write instead of the recognized one.")
 @click.option("--name", metavar="TEXT", help="Model name to write; default: from the model card or the folder.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the report there as JSON.")
@@ -56,26 +85,41 @@ LINE_SECONDS = 10.0
 @click.option("--verbose", "-v", is_flag=True, help="Show what the libraries log.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
 def convert(  # noqa: PLR0913 - one parameter per option
-    model: str, out: Path, type_name: str, imatrix: Path | None, no_imatrix: bool, no_awq: bool, pre: str | None,
-    name: str | None, report: Path | None, threads: int | None, force: bool, ignore_code: bool, verbose: bool,
-    debug: bool,
+    model: str, out: Path | None, type_name: str, imatrix: Path | None, no_imatrix: bool, no_awq: bool,
+    prune: str | None, prune_blocks: str | None, prune_by: str | None, no_repair: bool, prune_report: bool,
+    plot: Path | None, calibration: Path | None, calibration_tokens: int, calibration_sequence: int, seed: int,
+    device: str, pre: str | None, name: str | None, report: Path | None, threads: int | None, force: bool,
+    ignore_code: bool, verbose: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL, a Hugging Face folder or hub id, to the GGUF file OUT."""
     console = Console(stderr=True, highlight=False)
     if imatrix is not None and no_imatrix:
         raise click.UsageError("--imatrix and --no-imatrix exclude each other")
+    if out is None and not prune_report:
+        raise click.UsageError("Missing argument 'OUT'.")
+    if prune_report and (out is not None or prune_blocks is not None):
+        raise click.UsageError("--prune-report writes no model and tries the blocks itself: no OUT, no --prune-blocks")
+    if plot is not None and not prune_report:
+        raise click.UsageError("--plot belongs to --prune-report")
     with _errors_as_lines(console, debug=debug), _signals_as_exceptions(), warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")  # libraries warn their users, the programmers, not ours
+        _quiet_libraries(verbose=verbose)
+        from ziggurat.converter.calibration_text import TextSettings
         from ziggurat.converter.pipeline import ConvertSettings
         from ziggurat.converter.pipeline import convert as run
 
-        _quiet_libraries(verbose=verbose)
+        text = TextSettings(calibration, calibration_tokens, calibration_sequence, seed)
+        if out is None:
+            how = ReportOptions(model, prune, prune_by, not no_repair, text, device, threads, ignore_code, report, plot)
+            show_prune_report(console, how)
+            return
         settings = ConvertSettings(
             type=type_name.lower(), imatrix=imatrix, pre=pre, name=name, threads=threads, report=report, force=force,
-            ignore_code=ignore_code,
+            ignore_code=ignore_code, prune=prune_settings(prune, prune_blocks, prune_by, repair=not no_repair),
+            calibration=text, device=device,
         )  # fmt: skip
-        with _Display(console) as display:
+        with Display(console) as display:
             result = run(model, out, settings, display)
         _print_report(console, result)
 
@@ -150,83 +194,18 @@ def _quiet_libraries(*, verbose: bool) -> None:
         transformers.logging.set_verbosity_error()
 
 
-class _Speed(ProgressColumn):
-    """Megabytes of the checkpoint per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{(task.speed or 0) / 1e6:.0f} MB/s")
-
-
-class _Display:
-    """Shows the estimate, then a bar on a terminal or a line now and then elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Speed(),
-            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._bytes_per_parameter = 0.0
-        self._total = self._done = 0.0
-        self._start = self._last_line = time.monotonic()
-
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def planned(self, estimate: Estimate) -> None:
-        """Show the estimate and start counting."""
-        self._console.print(
-            f"{estimate.architecture}, {estimate.parameters / 1e6:.1f} M parameters: "
-            f"{_size(estimate.source_bytes)} to {_size(estimate.output_bytes)}, about {_duration(estimate.seconds)}, "
-            f"{_size(estimate.memory_bytes)} of memory", soft_wrap=True,
-        )  # fmt: skip
-        self._bytes_per_parameter = estimate.source_bytes / max(estimate.parameters, 1)
-        self._total = float(estimate.source_bytes)
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self._total)
-        self._start = self._last_line = time.monotonic()
-
-    def advance(self, parameters: int, tensor: str) -> None:
-        """Count what is in the file."""
-        step = parameters * self._bytes_per_parameter
-        self._done += step
-        self._bar.update(self._task, advance=step, description=f"{tensor:30.30}")
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._last_line > LINE_SECONDS:
-            self._last_line = now
-            rate = self._done / (now - self._start)
-            left = _duration((self._total - self._done) / rate)
-            self._console.print(f"{100 * self._done / self._total:3.0f}% {rate / 1e6:.0f} MB/s, {left} left")
-
-
 def _print_report(console: Console, report: Report) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("type", "tensors", "parameters", "size"):
         table.add_column(heading, justify="left" if heading == "type" else "right")
     for name, share in report.types.items():
-        table.add_row(name, str(share.tensors), f"{share.parameters / 1e6:.2f} M", _size(share.bytes))
+        table.add_row(name, str(share.tensors), f"{share.parameters / 1e6:.2f} M", size_text(share.bytes))
     console.print(table)
+    if report.prune is not None:
+        console.print(removed_text(report.prune), soft_wrap=True)
     pre = f", pre-tokenizer {report.pre_tokenizer}" if report.pre_tokenizer else ""
     console.print(
-        f"{report.output}: {report.name or report.architecture}, {report.type}, {_size(report.output_bytes)}, "
+        f"{report.output}: {report.name or report.architecture}, {report.type}, {size_text(report.output_bytes)}, "
         f"{report.bits_per_weight:.2f} bits per weight, tokenizer {report.tokenizer}{pre}, "
-        f"{_duration(report.seconds)}", soft_wrap=True,
+        f"{duration_text(report.seconds)}", soft_wrap=True,
     )  # fmt: skip
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"

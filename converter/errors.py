@@ -25,6 +25,10 @@ class QuantizeError(ConvertError):
     """A tensor cannot be quantized as asked: non-finite values, or an importance matrix is needed."""
 
 
+class CalibrationError(ConvertError):
+    """The calibration text will not do, the model gives no numbers on it, or an unfinished one is of other inputs."""
+
+
 class ImatrixError(ConvertError):
     """The importance matrix file cannot be read or does not fit the model."""
 
@@ -35,3 +39,7 @@ class OutputError(ConvertError):
 
 class LibraryError(ConvertError):
     """The installed llama-cpp-python is not the patched one."""
+
+
+class PruneError(ConvertError):
+    """Blocks cannot be removed as asked: the wrong ones, too many, or from a model that would not stand it."""

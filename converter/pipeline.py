@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter import hub, quantize, recipes, upstream
+from ziggurat.converter import depth, hub, quantize, recipes, surgery, upstream
+from ziggurat.converter.calibrate import CalibrateSettings
+from ziggurat.converter.calibration_text import TextSettings
 from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.errors import ConvertError, ImatrixError, OutputError, TokenizerError
 from ziggurat.converter.imatrix import read_imatrix
 from ziggurat.converter.loadable import check_loadable
+from ziggurat.converter.prune import PruneSettings
 from ziggurat.converter.report import Estimate, Report, estimate, peak_memory_bytes, share_by_type, write_json
-from ziggurat.converter.write import GGUFFile, check_target
+from ziggurat.converter.write import GGUFFile, check_target, real
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class ConvertSettings:
     """Replace an existing output file."""
     ignore_code: bool = False
     """Convert a checkpoint that brings its own Python code as what its architecture's name says, without that code."""
+    prune: PruneSettings | None = None
+    """Which blocks to remove; None: none."""
+    calibration: TextSettings = TextSettings()
+    """The text that is run through the model where something is measured on it."""
+    device: str = "cpu"
+    """Where it is run: `cpu` or `cuda`."""
 
 
 class Progress(Protocol):
@@ -54,11 +64,21 @@ class Progress(Protocol):
     def advance(self, parameters: int, tensor: str) -> None:
         """`parameters` more are in the file; `tensor` is being written."""
 
+    def stage(self, name: str, total: int) -> None:
+        """A stage of `total` steps begins that runs the calibration text."""
+
+    def step(self, count: int, what: str) -> None:
+        """`count` more of its steps are done; `what` is being worked on."""
+
 
 class _Silent:
     def planned(self, estimate: Estimate) -> None: ...
 
     def advance(self, parameters: int, tensor: str) -> None: ...
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def step(self, count: int, what: str) -> None: ...
 
 
 def convert(
@@ -94,9 +114,18 @@ def convert(
     if settings.pre is not None and plan.value("tokenizer.ggml.pre") != settings.pre:
         kind = plan.value("tokenizer.ggml.model")
         raise TokenizerError(f"a tokenizer of the kind {kind!r} has no pre-tokenizer to name: leave --pre out")
-    types = recipes.choose(plan, settings.type, imatrix=importance)
     _check_importance(plan, importance)
     threads = settings.threads or len(os.sched_getaffinity(0))
+    types = recipes.choose(plan, settings.type, imatrix=importance)
+    work, record = work_folder(out), None
+    if settings.prune is not None:
+        shape, n_layer = plan.model_shape(), surgery.block_count(plan)
+        calibrate = CalibrateSettings(device=settings.device, threads=settings.threads, work=work)
+        measuring = depth.Measuring(checkpoint, settings.calibration, calibrate, progress)
+        plan, record = depth.prune(checkpoint, plan, settings.prune, measuring)
+        if importance is not None:
+            importance = surgery.renumber_keys(importance, n_layer, record.blocks)
+        types = recipes.choose(plan, settings.type, imatrix=importance, shape=shape)
     layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
 
     with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:
@@ -110,6 +139,8 @@ def convert(
                 file.write(slab.data)
                 progress.advance(slab.elements, slab.tensor.name)
         output_bytes = file.commit()
+    if settings.prune is not None:
+        shutil.rmtree(work, ignore_errors=True)
 
     report = Report(
         model=str(model),
@@ -127,10 +158,16 @@ def convert(
         seconds=time.perf_counter() - start,
         threads=threads,
         peak_memory_bytes=peak_memory_bytes(),
+        prune=record,
     )
     if settings.report is not None:
         write_json(settings.report, report.to_json())
     return report
+
+
+def work_folder(out: Path) -> Path:
+    """Where a conversion to `out` keeps what a killed one goes on from: hidden, beside it."""
+    return real(out).with_name(f".{real(out).name}.work")
 
 
 def _check_outputs(out: Path, settings: ConvertSettings) -> None:

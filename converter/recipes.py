@@ -21,13 +21,17 @@ FTYPES = {
 FLOAT_TYPES = ("f32", "f16", "bf16")
 
 
-def choose(plan: Plan, type_name: str, *, imatrix: Collection[str] | None) -> list[int]:
+def choose(
+    plan: Plan, type_name: str, *, imatrix: Collection[str] | None, shape: ggml.ModelShape | None = None
+) -> list[int]:
     """The ggml type of each tensor of `plan` in a file of type `type_name`.
 
     Args:
         plan: made with `base` = `type_name` for the float types, with "bf16" for all others.
         type_name: a key of `FTYPES`.
         imatrix: names of the tensors with importance data; None without an importance matrix.
+        shape: of the whole model if `plan` has lost blocks: llama.cpp's quantizer goes on using it when it prunes, for
+            the model's size and as the number of feed-forward tensors; default: of `plan`.
 
     Raises:
         QuantizeError: a tensor's type needs an importance matrix and there is none for it.
@@ -36,7 +40,8 @@ def choose(plan: Plan, type_name: str, *, imatrix: Collection[str] | None) -> li
     if type_name in FLOAT_TYPES:
         return [t.type_id for t in plan.tensors]
     table = [(t.name, t.type_id, t.shape) for t in plan.tensors]
-    types, needs = ggml.recipe_types(plan.model_shape(), FTYPES[type_name], table, has_imatrix=imatrix is not None)
+    shape = shape or plan.model_shape()
+    types, needs = ggml.recipe_types(shape, FTYPES[type_name], table, has_imatrix=imatrix is not None)
     _refuse_without_importance(plan.tensors, needs, type_name, imatrix)
     return types
 

@@ -16,6 +16,7 @@ import psutil
 
 from ziggurat.converter import ggml
 from ziggurat.converter.errors import OutputError
+from ziggurat.converter.prune_record import PruneRecord
 from ziggurat.converter.quantize import BF16, F16, F32
 from ziggurat.converter.upstream import Plan
 from ziggurat.converter.write import is_special, partial_name, real
@@ -63,6 +64,8 @@ class Report:
     threads: int
     peak_memory_bytes: int
     """Largest resident size of the process so far."""
+    prune: PruneRecord | None = None
+    """Which blocks were removed; None: none."""
 
     def to_json(self) -> str:
         """The report as JSON text."""

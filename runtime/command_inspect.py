@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ziggurat.runtime.gguf_file import GGUFFile
     from ziggurat.runtime.plan import KVShape
 
+_PRUNE = "ziggurat.prune."
+
 _DEFAULT_CONTEXTS = (4096, 8192, 32768, 131072)
 
 # first match wins; names are llama.cpp's
@@ -265,5 +267,34 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"{tokenizer['model'] or '-'}/{tokenizer['pre'] or '-'}, {tokenizer['tokens']} tokens, {template}",
         )
     )
-    facts += [(key, str(value)) for key, value in report["ziggurat"].items()]
+    facts += _pruned(report["ziggurat"])
+    facts += [(key, str(value)) for key, value in report["ziggurat"].items() if not key.startswith(_PRUNE)]
+    return facts
+
+
+def _pruned(fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the converter notes about removed blocks, in words; `--json` has all of it."""
+
+    def numbers(key: str) -> str:
+        value = fields.get(_PRUNE + key)
+        return ", ".join(map(str, value)) if isinstance(value, list) else "?"
+
+    def value(key: str) -> Any:
+        return fields.get(_PRUNE + key)
+
+    if not isinstance(value("blocks"), list):
+        return []
+    before, criterion = value("block_count_before"), value("criterion")
+    by = "as listed" if criterion == "list" else f"by {criterion}"
+    facts = [("removed blocks", f"{numbers('blocks')} of {before} (counted from 0), {by}")]
+    if value("repair") in (None, "none"):
+        repair = f"none: {value('repair.reason') or 'not noted why'}"
+    else:
+        repair = f"{value('repair')} in blocks {numbers('repair.blocks')} of the model before"
+    divergence = value("repair.divergence_pruned"), value("repair.divergence_repaired")
+    if all(isinstance(x, float) for x in divergence):
+        repair += f"; held-out divergence {divergence[0]:.4f} without, {divergence[1]:.4f} nats with it"
+    facts.append(("repair", repair))
+    if value("calibration.tokens"):
+        facts.append(("calibration", f"{value('calibration.tokens')} tokens, sha256 {value('calibration.hash')}"))
     return facts

@@ -137,7 +137,7 @@ def test_signals(checkpoint: MakeCheckpoint, tmp_path: Path, number: int) -> Non
         "def slow(self, parameters, tensor):\n"
         "    print('working', flush=True)\n"
         "    time.sleep(0.05)\n"
-        "cli._Display.advance = slow\n"
+        "cli.Display.advance = slow\n"
         "cli.main()\n"
     )
     process = subprocess.Popen(

@@ -189,14 +189,21 @@ def build(
     config: Literal["classic", "saved"] = "classic",
     tokenizer: str | None = None,
     max_shard_size: str = "5GB",
+    layers: int | None = None,
 ) -> Path:
-    """Write the checkpoint of family `name` into `folder`, with its tokenizer or another, and return the folder."""
+    """Write the checkpoint of family `name` into `folder`, with its tokenizer or another, and return the folder.
+
+    `layers` makes it another number of blocks deep.
+    """
     family = FAMILIES[name]
     tokenizer = tokenizer or family.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = tokenizer_size(tokenizer) + family.padded_vocab
     ids = special_ids(tokenizer)
-    settings = family.config(vocab_size=vocab_size, **ids, **family.options)
+    options = dict(family.options)
+    if layers is not None:
+        options["n_layer" if "n_layer" in options else "num_hidden_layers"] = layers
+    settings = family.config(vocab_size=vocab_size, **ids, **options)
     with _quiet():
         model = family.model(settings)
         randomize(model, family.seed, family.norm_offset)
@@ -272,13 +279,18 @@ class Reference:
         return len(self.logits) if len(unclear) == 0 else int(unclear[0])
 
 
-def reference(folder: Path, tokens: list[int]) -> Reference:
-    """Run the checkpoint in transformers, in F32, on one prompt."""
+def reference(folder: Path, tokens: list[int], *, without: tuple[int, ...] = ()) -> Reference:
+    """Run the checkpoint in transformers, in F32, on one prompt; `without` names blocks that are left out."""
     with _quiet():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
     experts = getattr(model.config, "num_experts_per_tok", None)
+    if without:
+        owner, name = (model.transformer, "h") if hasattr(model, "transformer") else (model.model, "layers")
+        kept = [block for i, block in enumerate(getattr(owner, name)) if i not in without]
+        setattr(owner, name, torch.nn.ModuleList(kept))
+        model.config.num_hidden_layers = len(kept)  # the blocks are counted by it
     with torch.no_grad():
         wanted: dict[str, Any] = {"output_router_logits": True} if experts else {}
         output = model(torch.tensor([tokens]), use_cache=False, **wanted)

@@ -1,0 +1,174 @@
+"""Statistics of what goes into a block's linear layers, channel by channel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from ziggurat.converter.blocks import Block
+
+Float64 = npt.NDArray[np.float64]
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Sums over the inputs x of a linear layer; those of a mixture's experts have a first axis [experts]."""
+
+    absolute: Float64
+    """Sum of |x|, shape [columns] or [experts, columns]."""
+    squares: Float64
+    """Sum of x squared, of the same shape."""
+    count: npt.NDArray[np.int64]
+    """How many inputs: shape [] or [experts]."""
+
+    @property
+    def mean_absolute(self) -> Float64:
+        """Mean |x| per channel, zero for experts that no token came to."""
+        result: Float64 = self.absolute / np.maximum(self.count, 1)[..., None]
+        return result
+
+    @property
+    def mean_squares(self) -> Float64:
+        """Mean x squared per channel: llama.cpp's importance matrix."""
+        result: Float64 = self.squares / np.maximum(self.count, 1)[..., None]
+        return result
+
+
+class _Sums:
+    """Accumulates one linear layer's statistics."""
+
+    def __init__(self, experts: int | None, columns: int) -> None:
+        shape = (columns,) if experts is None else (experts, columns)
+        self.absolute, self.squares = np.zeros(shape), np.zeros(shape)
+        self.count = np.zeros(shape[:-1], np.int64)
+
+
+class Collector:
+    """Sums up the inputs of all linear layers of blocks while they run.
+
+    Layers are named as their weights in the checkpoint, without `.weight`; the experts of a mixture share a name
+    without their number (`model.layers.0.mlp.experts.gate_proj`), however transformers keeps them.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, _Sums] = {}
+        self._last: tuple[Any, tuple[Float64, Float64, int]] | None = None
+
+    def take(self) -> dict[str, ChannelStatistics]:
+        """What was gathered since the last call."""
+        sums, self._sums = self._sums, {}
+        return {name: ChannelStatistics(s.absolute, s.squares, s.count) for name, s in sums.items()}
+
+    @contextmanager
+    def watching(self, block: Block) -> Iterator[None]:
+        """Gather what goes into the linear layers of `block` in calls meanwhile."""
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        handles = []
+        for path, module in block.layer.named_modules():
+            if isinstance(module, (torch.nn.Linear, Conv1D)):
+                handles.append(module.register_forward_pre_hook(self._hook(block, path)))
+            elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+                module.forward = self._watched(block, module, path)
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+            for _, module in block.layer.named_modules():
+                module.__dict__.pop("forward", None)
+
+    def _hook(self, block: Block, path: str) -> Any:
+        name, expert = block.prefix + path, None
+        if match := EXPERT.search(name):
+            name, expert = EXPERT.sub(".experts.", name), int(match[1])
+        experts = _count_experts(block, path) if expert is not None else None
+
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            self._add((name,), args[0], expert, experts)
+
+        return hook
+
+    def _watched(self, block: Block, module: Any, path: str) -> Any:
+        """The forward method of fused experts, each of whose products with a part of the fused tensor is seen."""
+        import torch
+        from torch.overrides import TorchFunctionMode
+
+        family = block.family.experts
+        assert family is not None
+        place = f"{block.prefix}{family.module}.experts."
+        fused = [
+            (module.gate_up_proj, (place + family.gate, place + family.up)),
+            (module.down_proj, (place + family.down,)),
+        ]
+        forward, add = module.forward, self._add
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func is torch.nn.functional.linear:
+                    for tensor, names in fused:
+                        offset = args[1].data_ptr() - tensor.data_ptr()
+                        size = tensor[0].numel() * tensor.element_size()
+                        if 0 <= offset < size * len(tensor):
+                            add(names, args[0], offset // size, len(tensor))
+                return func(*args, **(kwargs or {}))
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with Watch():
+                return forward(*args, **kwargs)
+
+        return watched
+
+    def _add(self, names: tuple[str, ...], x: Any, expert: int | None, experts: int | None) -> None:
+        import torch
+
+        if self._last is None or self._last[0] is not x:  # q, k and v, gate and up look at the same input
+            flat = x.detach().reshape(-1, x.shape[-1]).float()
+            absolute, squares = flat.abs().sum(0, dtype=torch.float64), flat.square().sum(0, dtype=torch.float64)
+            self._last = x, (absolute.cpu().numpy(), squares.cpu().numpy(), len(flat))
+        absolute_sum, squares_sum, count = self._last[1]
+        for name in names:
+            if name not in self._sums:
+                self._sums[name] = _Sums(experts, x.shape[-1])
+            sums, place = self._sums[name], (() if expert is None else (expert,))
+            sums.absolute[place] += absolute_sum
+            sums.squares[place] += squares_sum
+            sums.count[place] += count
+
+
+def _count_experts(block: Block, path: str) -> int:
+    module = block.layer
+    for part in path.split("."):
+        module = getattr(module, part)
+        if part == "experts":
+            return len(module)
+    raise AssertionError(path)
+
+
+def pack(statistics: Mapping[str, ChannelStatistics]) -> dict[str, npt.NDArray[Any]]:
+    """Flat arrays of statistics, to be saved."""
+    return {
+        f"{name}:{field}": getattr(s, field)
+        for name, s in statistics.items()
+        for field in ("absolute", "squares", "count")
+    }
+
+
+def unpack(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, ChannelStatistics]:
+    """Statistics from what `pack` made of them; other arrays are left out."""
+    names = [key.removesuffix(":count") for key in arrays if key.endswith(":count")]
+    return {
+        name: ChannelStatistics(arrays[f"{name}:absolute"], arrays[f"{name}:squares"], arrays[f"{name}:count"])
+        for name in names
+    }

@@ -1,0 +1,104 @@
+"""What a conversion shows on the terminal while it runs."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from ziggurat.converter.report import Estimate
+
+# Without a terminal, a line of progress this often.
+LINE_SECONDS = 10.0
+
+
+class Speed(ProgressColumn):
+    """Megabytes of the checkpoint, or tokens, per second."""
+
+    def render(self, task: Task) -> Text:
+        """The speed that the last step gave."""
+        return Text(str(task.fields.get("speed_text", "")))
+
+
+class Display:
+    """Shows the estimate, then a bar on a terminal or a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), Speed(),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._bytes_per_parameter = 0.0
+        self._task: TaskID | None = None
+        self._begin("", 0.0)
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def planned(self, estimate: Estimate) -> None:
+        """Show the estimate and start counting."""
+        self._console.print(
+            f"{estimate.architecture}, {estimate.parameters / 1e6:.1f} M parameters: "
+            f"{size_text(estimate.source_bytes)} to {size_text(estimate.output_bytes)}, "
+            f"about {duration_text(estimate.seconds)}, {size_text(estimate.memory_bytes)} of memory", soft_wrap=True,
+        )  # fmt: skip
+        self._bytes_per_parameter = estimate.source_bytes / max(estimate.parameters, 1)
+        self._begin("", float(estimate.source_bytes))
+
+    def advance(self, parameters: int, tensor: str) -> None:
+        """Count what is in the file."""
+        self._count(parameters * self._bytes_per_parameter, tensor, "MB/s", 1e6)
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage that runs the calibration text begins; steps are tokens that went through a block."""
+        self._begin(name, float(total))
+        if not self._console.is_terminal:
+            self._console.print(f"{name} …")
+
+    def step(self, count: int, what: str) -> None:
+        """Count tokens."""
+        self._count(count, f"{self._name}, {what}", "tokens/s per block", 1)
+
+    def _begin(self, name: str, total: float) -> None:
+        self._name, self._total, self._done = name, total, 0.0
+        self._start = self._last_line = time.monotonic()
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        if total:
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=total)
+
+    def _count(self, step: float, what: str, unit: str, scale: float) -> None:
+        self._done += step
+        now = time.monotonic()
+        rate = self._done / max(now - self._start, 1e-9)
+        speed = f"{rate / scale:.0f} {unit}"
+        if self._task is not None:
+            self._bar.update(self._task, advance=step, description=f"{what:30.30}", speed_text=speed)
+        if not self._console.is_terminal and now - self._last_line > LINE_SECONDS:
+            self._last_line = now
+            left = duration_text(max(self._total - self._done, 0) / max(rate, 1e-9))
+            self._console.print(f"{100 * self._done / max(self._total, 1):3.0f}% {speed}, {left} left")
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"

@@ -1,0 +1,161 @@
+"""Calibration tokens flowing through some of a checkpoint's blocks: the means of everything that tries out a cut.
+
+Sequences are held out for judging: of the tokens, about a fifth in whole sequences, evenly spread. They flow behind the
+others, so that every batch is of one kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ziggurat.converter.blocks import Block, Blocks
+from ziggurat.converter.calibrate import (
+    CalibrateSettings,
+    CalibrationProgress,
+    batches,
+    check_finite,
+    embed,
+    torch_threads,
+)
+from ziggurat.converter.calibration_text import CalibrationTokens
+from ziggurat.converter.errors import CalibrationError
+from ziggurat.converter.hidden import HiddenStates, fits_memory
+
+HELD_OUT = 0.2
+
+# Tokens whose logits are held at a time.
+LOGIT_TOKENS = 256
+
+Windows = Sequence[tuple[int, int]]
+
+
+class Flow:
+    """Hidden states of all tokens, in as many copies as are asked for, and their way through blocks.
+
+    Attributes:
+        blocks: where the blocks come from.
+        fit: first and behind-the-last sequence of each batch to solve on.
+        held_out: the same of the batches to judge by.
+        tokens: number of tokens.
+    """
+
+    def __init__(
+        self, blocks: Blocks, tokens: CalibrationTokens, settings: CalibrateSettings, folder: Path,
+        progress: CalibrationProgress, copies: int,
+    ) -> None:  # fmt: skip
+        """Order the sequences; `copies` is how many hidden states will be held at once.
+
+        Raises:
+            CalibrationError: there are not two sequences.
+        """
+        sequences, positions = tokens.ids.shape
+        held_out = _held_out(sequences)
+        order = np.concatenate([np.setdiff1d(np.arange(sequences), held_out), held_out])
+        self._ids = CalibrationTokens(np.ascontiguousarray(tokens.ids[order]), tokens.source)
+        first = sequences - len(held_out)
+        self.fit = batches(first, positions, settings.batch_tokens)
+        self.held_out = [(first + a, first + b) for a, b in batches(len(held_out), positions, settings.batch_tokens)]
+        self.blocks, self.tokens, self._progress = blocks, tokens.ids.size, progress
+        self._shape = sequences, positions, blocks.n_embd
+        whole = (copies * sequences, positions, blocks.n_embd)
+        self._in_memory, self._folder, self._made = fits_memory(whole, settings.memory_share), folder, 0
+
+    @property
+    def all(self) -> Windows:
+        """All batches."""
+        return [*self.fit, *self.held_out]
+
+    def start(self, windows: Windows) -> HiddenStates:
+        """Hidden states before the first block, of the sequences in `windows`; what others hold is undefined."""
+        hidden = self._room()
+        embed(self.blocks, self._ids, hidden, list(windows))
+        return hidden
+
+    def copy(self, hidden: HiddenStates, windows: Windows) -> HiddenStates:
+        """A copy of hidden states."""
+        copy = self._room()
+        for start, stop in windows:
+            copy.write(start, hidden.read(start, stop))
+        return copy
+
+    def release(self, hidden: HiddenStates) -> None:
+        """Give the room back."""
+        if hidden.path is not None:
+            hidden.path.unlink(missing_ok=True)
+
+    def read(self, hidden: HiddenStates, window: tuple[int, int]) -> torch.Tensor:
+        """A batch of hidden states, on the device."""
+        return hidden.read(*window).to(self.blocks.device, self.blocks.dtype)
+
+    def run(self, block: Block, hidden: HiddenStates, window: tuple[int, int]) -> torch.Tensor:
+        """A batch behind a block; `hidden` stays as it is."""
+        behind = block(self.read(hidden, window))
+        check_finite(behind, block.index, window[0])
+        self._progress.step(behind.shape[0] * behind.shape[1], f"block {block.index}")
+        return behind
+
+    def through(self, block: Block, hidden: HiddenStates, windows: Windows) -> None:
+        """Send batches through a block, in their place."""
+        for window in windows:
+            hidden.write(window[0], self.run(block, hidden, window))
+
+    def loss(self, hidden: HiddenStates, windows: Windows) -> float:
+        """Mean loss, in nats, of predicting each next token from the states behind the last block; may be no number."""
+        return self.compare(hidden, None, windows)[0]
+
+    def compare(self, hidden: HiddenStates, whole: HiddenStates | None, windows: Windows) -> tuple[float, float]:
+        """Mean loss of `hidden`, as `loss` has it, and mean divergence of its predictions from those of `whole`, nats.
+
+        The divergence is that of `ziggurat eval --against`, KL(whole || cut); 0 without `whole`.
+        """
+        loss, divergence, count = 0.0, 0.0, 0
+        for start, stop in windows:
+            ids = torch.from_numpy(self._ids.ids[start:stop, 1:].astype(np.int64)).flatten().to(self.blocks.device)
+            states = self.read(hidden, (start, stop))[:, :-1].flatten(0, 1)
+            wanted = None if whole is None else self.read(whole, (start, stop))[:, :-1].flatten(0, 1)
+            for i in range(0, len(ids), LOGIT_TOKENS):
+                part = slice(i, i + LOGIT_TOKENS)
+                predicted = self.blocks.head(states[part]).log_softmax(-1)
+                loss -= float(predicted.gather(-1, ids[part, None]).double().sum())
+                if wanted is not None:
+                    true = self.blocks.head(wanted[part]).log_softmax(-1)
+                    divergence += float((true.exp() * (true - predicted)).sum(-1).double().sum())
+            count += len(ids)
+        return (loss / count, divergence / count) if count else (math.nan, math.nan)
+
+    def _room(self) -> HiddenStates:
+        self._made += 1
+        return HiddenStates(self._shape, None if self._in_memory else self._folder / f"flow-{self._made}.f32")
+
+
+@contextlib.contextmanager
+def flow(
+    blocks: Blocks, tokens: CalibrationTokens, settings: CalibrateSettings, progress: CalibrationProgress, copies: int
+) -> Iterator[Flow]:
+    """A flow whose files are gone afterwards; its computations take the threads of `settings`.
+
+    Raises:
+        CalibrationError: there are not two sequences.
+    """
+    if settings.work is not None:
+        settings.work.mkdir(parents=True, exist_ok=True)
+    with torch_threads(settings.threads), tempfile.TemporaryDirectory(prefix="ziggurat-", dir=settings.work) as folder:
+        yield Flow(blocks, tokens, settings, Path(folder), progress, copies)
+
+
+def _held_out(sequences: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Which sequences are held out."""
+    if sequences < 2:
+        raise CalibrationError(
+            "pruning needs at least two sequences of calibration tokens, one to solve on and one to judge by: give "
+            "more text or a smaller sequence length"
+        )
+    count = min(max(1, round(HELD_OUT * sequences)), sequences - 1)
+    return ((np.arange(count) + 0.5) * sequences / count).astype(np.int64)

@@ -1,0 +1,212 @@
+"""The reference model without 1 to 4 blocks, by every criterion, with and without repair: quality by `ziggurat eval`.
+
+Each cut model is converted to bf16 and compared with the whole one: perplexity and mean KL divergence on held-out text,
+share of hidden facts found in documents of 512 tokens. Beside it, on the calibration's own held-out tokens, what the
+parts of the repair bring. Calibrated on parts of the texts that the model was trained on and on chats that ask for
+facts; evaluated on other texts and other facts.
+
+usage: python tests/benchmarks/prune_quality.py --texts DIR [--json FILE] [--plot FILE.png] [--trials 8] [--threads 1]
+DIR holds the texts of tests/reference_model/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MODEL = HERE.parent / "reference_model"
+sys.path.insert(0, str(MODEL))
+
+COUNTS = (1, 2, 3, 4)
+TEXTS = ("tinystories_more.txt", "wikitext_valid.txt", "tinyshakespeare.txt", "dialogues.txt")
+CALIBRATION_CHARACTERS, HELD_OUT_CHARACTERS = 40_000, 16_000
+CHATS, CHAT_SENTENCES, CHAT_FACTS = 60, 24, 4
+CHAT = (
+    "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>"
+)
+VARIANTS = {
+    "ReplaceMe": {"inputs": False, "behind": False, "weighted": False},
+    "+ weighted tokens": {"inputs": False, "behind": False},
+    "+ inputs of the projection": {"behind": False},
+    "+ blocks behind": {},
+}
+
+
+def chats(stories: str) -> str:
+    """Chats in which facts hidden in stories are asked for: without any, calibration knows nothing of looking back."""
+    from notebooks import QUESTIONS, draw_facts
+
+    rng = random.Random(0)
+    sentences = [s.strip() + "." for s in stories[:200_000].replace("\n", " ").split(".") if 20 < len(s) < 120]
+    written = []
+    for _ in range(CHATS):
+        start = rng.randrange(len(sentences) - CHAT_SENTENCES)
+        lines, facts = sentences[start : start + CHAT_SENTENCES], draw_facts(rng, CHAT_FACTS)
+        for fact in facts:
+            lines.insert(rng.randrange(len(lines) + 1), fact.sentence)
+        asked = rng.choice(facts)
+        question = rng.choice(QUESTIONS).format(key=asked.key)
+        written.append(CHAT.format(text=" ".join([*lines, question]), answer=asked.sentence))
+    return "\n".join(written)
+
+
+def write_texts(source: Path, folder: Path, *, facts: bool) -> tuple[Path, Path]:
+    """A calibration folder from the training part of the texts, and a file from their held-out part."""
+    from data import read_text
+
+    calibration, held_out = folder / "calibration", folder / "held-out.txt"
+    calibration.mkdir()
+    for name in TEXTS:
+        text = read_text(source, name)
+        start = len(text) // 3
+        (calibration / name).write_text(text[start : start + CALIBRATION_CHARACTERS], encoding="utf-8")
+    if facts:
+        (calibration / "chats.txt").write_text(chats(read_text(source, "tinystories_train.txt")), encoding="utf-8")
+    parts = (read_text(source, name, held_out=True)[:HELD_OUT_CHARACTERS] for name in TEXTS)
+    held_out.write_text("\n\n".join(parts), encoding="utf-8")
+    return calibration, held_out
+
+
+def evaluate(model: Path, reference: Path, text: Path, options: argparse.Namespace) -> dict[str, float]:
+    """What `ziggurat eval` finds."""
+    out = model.with_suffix(".json")
+    words = [
+        "eval", model, "--text", text, "--against", reference, "--needle", "--needle-lengths", "512",
+        "--needle-trials", options.trials, "--threads", options.threads, "--json", out,
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "ziggurat.runtime", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise SystemExit(f"ziggurat eval fails: {done.stderr.decode(errors='replace')[-800:]}")
+    found = json.loads(out.read_text())
+    return {
+        "perplexity": found["perplexity"],
+        "kl_divergence": found["kl_divergence"],
+        "top1_agreement": found["top1_agreement"],
+        "retrieval": found["needle"]["accuracy"],
+    }
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All figures."""
+    from ziggurat.converter.blocks import Blocks
+    from ziggurat.converter.calibrate import CalibrateSettings, Silent
+    from ziggurat.converter.calibration_text import TextSettings
+    from ziggurat.converter.checkpoint import open_checkpoint
+    from ziggurat.converter.depth import Measuring
+    from ziggurat.converter.pipeline import ConvertSettings, convert
+    from ziggurat.converter.prune import CRITERIA, PruneSettings
+    from ziggurat.converter.repair_pass import RepairSettings, cut
+
+    calibration, text = write_texts(options.texts, folder, facts=not options.no_facts)
+    settings, source = CalibrateSettings(threads=options.threads), TextSettings(calibration)
+    measuring = Measuring(open_checkpoint(MODEL), source, settings, Silent())
+    whole = folder / "whole.gguf"
+    convert(MODEL, whole, ConvertSettings(type="bf16", threads=options.threads))
+    none = evaluate(whole, whole, text, options)
+    print(f"whole: {none}", flush=True)
+    done: dict[tuple[tuple[int, ...], bool], dict[str, float]] = {}
+    rows = []
+    for criterion in CRITERIA:
+        blocks: tuple[int, ...] = ()
+        for count in COUNTS:
+            blocks = measuring.choose(criterion, count, blocks if criterion == "perplexity" else ())
+            for repair in (False, True):
+                key = blocks, repair
+                if key not in done:
+                    out = folder / "cut.gguf"
+                    prune = PruneSettings(blocks=blocks, repair=repair)
+                    how = ConvertSettings(
+                        type="bf16", threads=options.threads, prune=prune, calibration=source, force=True
+                    )
+                    record = convert(MODEL, out, how).prune
+                    assert record is not None
+                    done[key] = evaluate(out, whole, text, options)
+                    print(f"{blocks}, {record.repair.method}: {done[key]}", flush=True)
+                rows.append({"criterion": criterion, "count": count, "blocks": blocks, "repair": repair, **done[key]})
+    variants = []
+    for count in COUNTS:
+        blocks = measuring.choose("influence", count)
+        row: dict[str, Any] = {"count": count, "blocks": blocks}
+        for name, parts in VARIANTS.items():
+            found = cut(Blocks(measuring.checkpoint), measuring.tokens, blocks, settings, RepairSettings(**parts))
+            row["no repair"], row[name] = found.divergence_pruned, found.divergence_repaired
+        variants.append(row)
+    return {"whole": none, "rows": rows, "held_out_divergence": variants}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [
+        "| removed | by | blocks | perplexity | repaired | KLD | repaired | retrieval | repaired |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| 0 | | | {found['whole']['perplexity']:.2f} | | 0 | | {found['whole']['retrieval']:.0%} | |",
+    ]
+    pairs = zip(found["rows"][::2], found["rows"][1::2], strict=True)
+    for plain, mended in sorted(pairs, key=lambda pair: pair[0]["count"]):
+        blocks = ", ".join(map(str, plain["blocks"]))
+        lines.append(
+            f"| {plain['count']} | {plain['criterion']} | {blocks} | {plain['perplexity']:.2f} | "
+            f"{mended['perplexity']:.2f} | {plain['kl_divergence']:.3f} | {mended['kl_divergence']:.3f} | "
+            f"{plain['retrieval']:.0%} | {mended['retrieval']:.0%} |"
+        )
+    names = ["no repair", *VARIANTS]
+    lines += ["", f"| removed | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+    for row in found["held_out_divergence"]:
+        lines.append(f"| {row['count']} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Perplexity, divergence and retrieval by number of removed blocks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    colours = {"influence": "#4477aa", "angular": "#228833", "perplexity": "#cc6677"}
+    panels = (("perplexity", "perplexity"), ("kl_divergence", "mean KLD (nats)"), ("retrieval", "facts found"))
+    for axes, (key, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        for criterion, colour in colours.items():
+            for repair in (False, True):
+                rows = [r for r in found["rows"] if r["criterion"] == criterion and r["repair"] == repair]
+                start = 0.0 if key == "kl_divergence" else found["whole"][key]
+                values = [start, *(r[key] for r in rows)]
+                name = f"{criterion}, repaired" if repair else criterion
+                axes.plot([0, *COUNTS], values, "o-" if repair else "o--", color=colour, label=name, markersize=4)
+        axes.set(xlabel="blocks removed of 8", ylabel=label, xticks=[0, *COUNTS])
+        if key == "perplexity":
+            axes.set_yscale("log")
+            axes.set_yticks([30, 50, 100, 200], ["30", "50", "100", "200"], minor=False)
+            axes.set_yticks([], minor=True)
+            axes.legend(fontsize=7, handlelength=3.5)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--no-facts", action="store_true", help="calibrate on the texts alone, without chats")
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, Path(folder))
+    print(table(found))
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot is not None:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Pruning from end to end: what was solved is what stands in the file, noted and shown; bad wishes are one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from llama_cpp import _gguf
+
+from helpers import families
+from helpers.stock import Gguf
+from ziggurat.converter import depth, prune_report
+from ziggurat.converter.blocks import Blocks
+from ziggurat.converter.calibrate import CalibrateSettings, Silent
+from ziggurat.converter.calibration_text import TextSettings, read_tokens
+from ziggurat.converter.checkpoint import open_checkpoint
+from ziggurat.converter.cli import convert as command
+from ziggurat.converter.errors import CalibrationError, PruneError
+from ziggurat.converter.pipeline import ConvertSettings, convert, work_folder
+from ziggurat.converter.prune import PruneSettings
+from ziggurat.converter.repair_pass import RepairSettings, cut
+from ziggurat.runtime.command_inspect import inspect
+
+TEXT = TextSettings(tokens=1024, sequence=64)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.build("llama_gqa", tmp_path_factory.mktemp("deep") / "model", layers=5, dtype="float32")
+
+
+def settings(repair: bool = True, **prune: object) -> ConvertSettings:
+    how = PruneSettings(repair=repair, **prune)  # type: ignore[arg-type]
+    return ConvertSettings(type="f32", threads=1, prune=how, calibration=TEXT)
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: np.array(t.data) for t in _gguf.GGUFReader(path).tensors}
+
+
+def test_the_solved_repair_is_in_the_file(model: Path, tmp_path: Path) -> None:
+    plain, mended = tmp_path / "plain.gguf", tmp_path / "mended.gguf"
+    convert(model, plain, settings(repair=False, blocks=(2, 3)))
+    report = convert(model, mended, settings(blocks=(2, 3)))
+    assert report.prune is not None and report.prune.repair.method == depth.METHOD
+    assert not work_folder(mended).exists()
+    checkpoint = open_checkpoint(model)
+    how = CalibrateSettings(threads=1)
+    found = cut(Blocks(checkpoint), read_tokens(checkpoint, TEXT), (2, 3), how, RepairSettings())
+    assert found.helps and set(found.folds) <= {1, 4}
+    before, after = tensors(plain), tensors(mended)
+    assert list(before) == list(after)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {f"blk.{ {1: 1, 4: 2}[i] }.ffn_down.weight" for i in found.folds}
+    for block, fold in found.folds.items():
+        name = f"blk.{ {1: 1, 4: 2}[block] }.ffn_down.weight"
+        np.testing.assert_allclose(after[name], before[name] + fold.add, atol=1e-5)
+    with Gguf(mended) as loaded:
+        assert np.isfinite(loaded.logits([5, 6, 7])).all()
+
+
+def test_inspect_shows_what_was_done(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    convert(model, out, settings(count=2))
+    shown = CliRunner().invoke(inspect, [str(out)], standalone_mode=False).output
+    assert "removed blocks" in shown and "by influence" in shown and "repair" in shown
+    fields = json.loads(CliRunner().invoke(inspect, [str(out), "--json"], standalone_mode=False).output)["ziggurat"]
+    assert len(fields["ziggurat.prune.blocks"]) == 2
+    tokens = read_tokens(open_checkpoint(model), TEXT)
+    assert fields["ziggurat.prune.calibration.hash"] == tokens.sha256
+    assert fields["ziggurat.prune.calibration.tokens"] == tokens.ids.size
+
+
+def test_a_repair_that_harms_is_dropped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from ziggurat.converter import repair_pass
+
+    real = repair_pass.cut
+
+    def worse(*args: object) -> repair_pass.Repaired:
+        return dataclasses.replace(real(*args), divergence_repaired=99.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(repair_pass, "cut", worse)
+    report = convert(model, tmp_path / "out.gguf", settings(blocks=(2,)))
+    assert report.prune is not None and report.prune.repair.method == "none"
+    assert "no nearer" in (report.prune.repair.reason or "")
+    monkeypatch.undo()
+    convert(model, tmp_path / "plain.gguf", settings(repair=False, blocks=(2,)))
+    before, after = tensors(tmp_path / "plain.gguf"), tensors(tmp_path / "out.gguf")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("by", ["influence", "angular", "perplexity"])
+def test_every_criterion(model: Path, by: str) -> None:
+    measuring = depth.Measuring(open_checkpoint(model), TEXT, CalibrateSettings(threads=1), Silent())
+    blocks = measuring.choose(by, 2)  # type: ignore[arg-type]
+    assert len(blocks) == 2 and set(blocks) <= {1, 2, 3}
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(command, [str(word) for word in words])
+
+
+def test_report(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = run(
+        model, "--prune-report", "--prune", 2, "--report", tmp_path / "r.json", "--plot", tmp_path / "r.png",
+        "--calibration-tokens", 512, "--calibration-sequence", 64, "--threads", 1,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [row["count"] for row in found["rows"]] == [1, 2]
+    assert len(found["influence"]) == 5 and found["perplexity"] > 1
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    assert "influence" in done.output and "removed" in done.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "r.png"]
+
+
+def test_report_refuses_too_many(model: Path) -> None:
+    with pytest.raises(PruneError, match="3 at most"):
+        prune_report.report(model, most=4, text=TEXT, settings=CalibrateSettings(threads=1))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prune", "5"], "the first and the last always stay"),
+        (["--prune", "9"], "the model has 5"),
+        (["--prune", "x"], "neither a number"),
+        (["--prune-blocks", "0"], "first"),
+        (["--prune-blocks", "7"], "no block 7"),
+        (["--prune", "1", "--prune-blocks", "2"], "exclude each other"),
+        (["--prune-by", "angular"], "needs --prune"),
+        (["--no-repair"], "nothing is repaired"),
+        (["--prune", "1", "--calibration", "EMPTY"], "is empty"),
+        (["--prune", "1", "--calibration", "TINY"], "two sequences"),
+        (["--prune", "1", "--calibration", "BINARY"], "no UTF-8 text"),
+    ],
+)
+def test_bad_wishes_are_one_line(model: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    contents = {"EMPTY": b"", "TINY": b"a few words", "BINARY": b"\xff\xfe\x00\x80"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    places = [tmp_path / word if word in contents else word for word in words]
+    done = run(model, tmp_path / "out.gguf", "--threads", 1, *places)
+    assert done.exit_code == 1
+    errors = [line for line in done.output.splitlines() if line.startswith("convert: error:")]
+    assert len(errors) == 1 and message in errors[0]
+    assert not (tmp_path / "out.gguf").exists() and not work_folder(tmp_path / "out.gguf").exists()
+
+
+def test_nan_weights_are_refused(model: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = np.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    for blocks in ([], ["--prune-blocks", "1"]):
+        words = blocks or ["--prune", "1"]
+        done = run(damaged, tmp_path / "out.gguf", "--threads", 1, *words)
+        assert done.exit_code == 1 and "NaN" in done.output
+
+
+@pytest.mark.parametrize(
+    "words", [["--prune-report", "OUT"], ["--prune-report", "--prune-blocks", "1"], ["OUT", "--plot", "x.png"], []]
+)
+def test_wrong_calls(model: Path, words: list[str]) -> None:
+    assert run(model, *words).exit_code == 2
+
+
+class _Stop:
+    """Interrupts a conversion when a stage has taken some steps."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self._wanted, self._left, self._stage = stage, steps, ""
+
+    def planned(self, estimate: object) -> None:
+        self._stage = "write"
+
+    def advance(self, parameters: int, tensor: str) -> None:
+        self._count()
+
+    def stage(self, name: str, total: int) -> None:
+        self._stage = name
+
+    def step(self, count: int, what: str) -> None:
+        self._count()
+
+    def _count(self) -> None:
+        if self._stage == self._wanted:
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stage", ["calibration", "repair", "write"])
+def test_an_interrupted_conversion_goes_on_to_the_same_file(model: Path, tmp_path: Path, stage: str) -> None:
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    convert(model, whole, settings(count=2))
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, out, settings(count=2), _Stop(stage, 2))
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["whole.gguf"]
+    other = ConvertSettings(
+        type="f32", threads=1, prune=PruneSettings(count=2), calibration=TextSettings(tokens=512, sequence=64)
+    )
+    with pytest.raises(CalibrationError, match="differs in"):
+        convert(model, out, other)
+    convert(model, out, settings(count=2))
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
+
+
+def test_greedy_perplexity_interrupted(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            model, tmp_path / "out.gguf", settings(count=1, by="perplexity"), _Stop("perplexity without each block", 3)
+        )
+    assert not (tmp_path / "out.gguf").exists()
