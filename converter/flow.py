@@ -11,9 +11,9 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ziggurat.converter.blocks import Block, Blocks
 from ziggurat.converter.calibrate import (
@@ -27,6 +27,9 @@ from ziggurat.converter.calibrate import (
 from ziggurat.converter.calibration_text import CalibrationTokens
 from ziggurat.converter.errors import CalibrationError
 from ziggurat.converter.hidden import HiddenStates, fits_memory
+
+if TYPE_CHECKING:
+    import torch
 
 HELD_OUT = 0.2
 
@@ -115,6 +118,8 @@ class Flow:
 
         The divergence is that of `ziggurat eval --against`, KL(whole || cut); 0 without `whole`.
         """
+        import torch
+
         loss, divergence, count = 0.0, 0.0, 0
         for start, stop in windows:
             ids = torch.from_numpy(self._ids.ids[start:stop, 1:].astype(np.int64)).flatten().to(self.blocks.device)

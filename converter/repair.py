@@ -16,10 +16,13 @@ tokens of enormous states, the first of a text, would otherwise decide everythin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 # Relative to the mean square of the regressors.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
@@ -52,6 +55,8 @@ class Correction:
 
 def weights(wanted: torch.Tensor) -> torch.Tensor:
     """Weight of each token, [n]: one over the mean square of its wanted hidden state; `wanted` of shape [n, d]."""
+    import torch
+
     square = wanted.double().square().mean(-1)
     return 1.0 / square.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -65,6 +70,8 @@ def sums(x: torch.Tensor, lacking: torch.Tensor, weight: torch.Tensor) -> Sums:
 
 def solve(train: Sums, ridge: float) -> torch.Tensor:
     """B [f, d] that minimizes |X B - D|² + ridge · mean square of X · |B|² on the sums."""
+    import torch
+
     strength = ridge * float(train.xtx.diagonal().mean())
     regularized = train.xtx + strength * torch.eye(len(train.xtx), dtype=train.xtx.dtype, device=train.xtx.device)
     factor, info = torch.linalg.cholesky_ex(regularized)
@@ -123,5 +130,7 @@ def fold_inputs(correction: Correction) -> Fold:
 
 def fold_outputs(correction: Correction) -> Fold:
     """Fold a correction that was regressed on the projection's outputs M: T = 1 + B^T."""
+    import torch
+
     times = correction.matrix.T.cpu() + torch.eye(len(correction.matrix), dtype=correction.matrix.dtype)
     return Fold(times=np.ascontiguousarray(times.float().numpy()))

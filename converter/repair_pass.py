@@ -10,9 +10,7 @@ import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ziggurat.converter import repair
 from ziggurat.converter.blocks import Block, Blocks
@@ -22,6 +20,9 @@ from ziggurat.converter.errors import PruneError
 from ziggurat.converter.flow import Flow, Windows, flow
 from ziggurat.converter.hidden import HiddenStates
 from ziggurat.converter.repair import Correction, Fold, Sums
+
+if TYPE_CHECKING:
+    import torch
 
 # With more inputs than this the sums take gigabytes and want more tokens than anybody calibrates with.
 MAX_INPUTS = 16384
@@ -172,6 +173,8 @@ class _Cut:
 
     def _correct(self, block: Block, mended: HiddenStates, wanted: HiddenStates, settings: RepairSettings) -> None:
         """Bring the states of the cut model, before `block`, behind it and closer to those of the whole one."""
+        import torch
+
         stream = self.flow
         on_inputs = _on_inputs(stream.blocks, settings)
 
