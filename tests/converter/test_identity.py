@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from llama_cpp import _conversion, _gguf
 
+from helpers.quantizer import quantize
 from ziggurat.converter.errors import ImatrixError
 from ziggurat.converter.pipeline import ConvertSettings, convert
 from ziggurat.converter.recipes import FTYPES
@@ -50,20 +51,6 @@ def upstream(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactor
 
 def _architecture(folder: Path) -> str:
     return str(json.loads((folder / "config.json").read_text())["architectures"][0])
-
-
-def quantize(source: Path, out: Path, type_name: str, imatrix: dict[str, np.ndarray] | None = None) -> None:
-    """llama.cpp's quantizer, as llama-quantize calls it."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = FTYPES[type_name], 2
-    if imatrix is not None:
-        entries = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
-        for entry, (name, data) in zip(entries, imatrix.items(), strict=False):
-            entry.name = name.encode()
-            entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            entry.size = data.size
-        params.imatrix = entries
-    assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
 
 
 def tensors(path: Path) -> Iterator[tuple[str, int, bytes]]:
@@ -108,7 +95,7 @@ def write_imatrix(path: Path, columns: dict[str, tuple[int, ...]]) -> dict[str, 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_every_type(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
     """A checkpoint in F32 shows that the rounding to BF16 comes first, as in the chain."""
-    quantize(upstream("llama_gqa", "float32"), tmp_path / "ref.gguf", type_name)
+    quantize(upstream("llama_gqa", "float32"), tmp_path / "ref.gguf", FTYPES[type_name])
     convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
@@ -124,7 +111,7 @@ def test_unquantized(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], 
 def test_every_family(
     checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, family: str, type_name: str
 ) -> None:
-    quantize(upstream(family, "bfloat16"), tmp_path / "ref.gguf", type_name)
+    quantize(upstream(family, "bfloat16"), tmp_path / "ref.gguf", FTYPES[type_name])
     convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
@@ -140,7 +127,7 @@ def test_with_an_importance_matrix(
         if len(t.shape) > 1 and t.name.startswith("blk")
     }
     means = write_imatrix(tmp_path / "imatrix.gguf", columns)
-    quantize(source, tmp_path / "ref.gguf", type_name, means)
+    quantize(source, tmp_path / "ref.gguf", FTYPES[type_name], means)
     settings = ConvertSettings(type=type_name, imatrix=tmp_path / "imatrix.gguf")
     convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", settings)
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")

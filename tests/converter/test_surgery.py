@@ -12,6 +12,7 @@ import pytest
 from llama_cpp import _gguf
 
 from helpers import families
+from helpers.quantizer import quantize
 from helpers.stock import Gguf
 from ziggurat.converter import surgery
 from ziggurat.converter.errors import PruneError
@@ -46,24 +47,6 @@ def quiet() -> Iterator[None]:
     llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
 
 
-def prune_with_llama_cpp(
-    source: Path, out: Path, type_name: str, blocks: tuple[int, ...], imatrix: dict[str, np.ndarray] | None = None
-) -> None:
-    """llama.cpp's quantizer with `prune_layers`."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = FTYPES[type_name], 1
-    layers = (ctypes.c_int32 * (len(blocks) + 1))(*blocks, -1)
-    params.prune_layers = ctypes.cast(layers, type(params.prune_layers))
-    if imatrix is not None:
-        entries = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
-        for entry, (name, data) in zip(entries, imatrix.items(), strict=False):
-            entry.name = name.encode()
-            entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            entry.size = data.size
-        params.imatrix = entries
-    assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
-
-
 def contents(path: Path) -> dict[str, tuple[int, bytes]]:
     reader = _gguf.GGUFReader(path)
     return {t.name: (int(t.tensor_type), t.data.tobytes()) for t in reader.tensors}
@@ -78,7 +61,7 @@ def settings(type_name: str, blocks: tuple[int, ...] = REMOVED, imatrix: Path | 
 def test_same_tensors_as_llama_cpp(deep: Callable[[str], Path], tmp_path: Path, family: str, type_name: str) -> None:
     whole, theirs, ours = tmp_path / "whole.gguf", tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
     convert(deep(family), whole, ConvertSettings(type="bf16", threads=1))
-    prune_with_llama_cpp(whole, theirs, type_name, REMOVED)
+    quantize(whole, theirs, FTYPES[type_name], prune=REMOVED, threads=1)
     convert(deep(family), ours, settings(type_name))
     got, wanted = contents(ours), contents(theirs)
     assert sorted(got) == sorted(wanted)
@@ -100,7 +83,7 @@ def test_importance_matrix_of_the_whole_model(deep: Callable[[str], Path], tmp_p
     writer.write_tensors_to_file()
     writer.close()
     importance = {name: values.reshape(-1) for name, values in read_imatrix(matrix).items()}
-    prune_with_llama_cpp(whole, theirs, "iq4_xs", REMOVED, importance)
+    quantize(whole, theirs, FTYPES["iq4_xs"], importance, prune=REMOVED, threads=1)
     convert(deep("llama_gqa"), ours, settings("iq4_xs", imatrix=matrix))
     assert contents(ours) == contents(theirs)
 
