@@ -19,6 +19,8 @@ from ziggurat.converter.errors import CheckpointError, ConvertError, LibraryErro
 if TYPE_CHECKING:
     import torch
 
+    from ziggurat.converter.repair import Fold
+
 # Stored tensors that old checkpoints keep beside a block's weights, and transformers computes itself.
 COMPUTED = (".inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -51,6 +53,25 @@ class Block:
         if self.family.experts is not None and not hasattr(self.layer, name):
             name = self.family.experts.module
         return getattr(self.layer, name)
+
+    def stored_name(self, path: str) -> str:
+        """The name in the checkpoint of what is at `path` within transformers' module: `self_attn.q_proj`."""
+        return self.prefix + weights.stored_path(path, self.family.experts)
+
+    def fold_down(self, fold: Fold) -> None:
+        """Fold a correction into what ends the feed-forward part: a linear layer with its bias, or fused experts."""
+        import torch
+
+        family, mlp = self.family, self.mlp
+        layer = mlp.experts if family.down is None else getattr(mlp, family.down)
+        weight = layer.down_proj if family.down is None else layer.weight
+        with torch.no_grad():
+            if type(layer).__name__ == "Conv1D":  # its matrix is [columns, rows]
+                weight = weight.T
+            weight.copy_(torch.from_numpy(fold.weight(weight.float().cpu().numpy())))
+            bias = getattr(layer, "bias", None)
+            if bias is not None:
+                bias.copy_(torch.from_numpy(fold.bias(bias.float().cpu().numpy())))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states behind the block: shape [sequences, positions, n_embd] like those before it."""
