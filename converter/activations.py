@@ -151,12 +151,9 @@ class Collector:
         return watched
 
     def _add(self, names: tuple[str, ...], x: Any, expert: int | None, experts: int | None) -> None:
-        import torch
-
         if self._last is None or self._last[0] is not x:  # q, k and v, gate and up look at the same input
             flat = x.detach().reshape(-1, x.shape[-1]).float()
-            absolute, squares = flat.abs().sum(0, dtype=torch.float64), flat.square().sum(0, dtype=torch.float64)
-            self._last = x, names[0], (absolute.cpu().numpy(), squares.cpu().numpy(), len(flat))
+            self._last = x, names[0], _column_sums(flat)
             if self._observer is not None:
                 self._observer.add(names[0], flat, expert, experts)
         _, leader, (absolute_sum, squares_sum, count) = self._last
@@ -177,6 +174,19 @@ def _count_experts(block: Block, path: str) -> int:
         if part == "experts":
             return len(module)
     raise AssertionError(path)
+
+
+def channel_statistics(x: torch.Tensor) -> ChannelStatistics:
+    """Statistics of inputs of shape [..., columns]."""
+    absolute, squares, count = _column_sums(x.detach().reshape(-1, x.shape[-1]).float())
+    return ChannelStatistics(absolute, squares, np.array(count))
+
+
+def _column_sums(flat: torch.Tensor) -> tuple[Float64, Float64, int]:
+    import torch
+
+    absolute, squares = flat.abs().sum(0, dtype=torch.float64), flat.square().sum(0, dtype=torch.float64)
+    return absolute.cpu().numpy(), squares.cpu().numpy(), len(flat)
 
 
 def pack(statistics: Mapping[str, ChannelStatistics]) -> dict[str, npt.NDArray[Any]]:

@@ -144,7 +144,8 @@ class Blocks:
         self._recorders = _install_recorders(self._base, self.family.layers, self.n_layer)
         self._norm = getattr(self._base, self.family.norm)
         self._arguments: dict[tuple[int, int], list[Any]] = {}
-        self._head: tuple[Any, Any] | None = None
+        self._loaded_norm: Any = None
+        self._head: torch.Tensor | None = None
         self._place_computed()
 
     def _stored_prefix(self, base: str) -> str:
@@ -235,6 +236,18 @@ class Blocks:
         self._recorders[0].hidden = None
         return first
 
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head reads, of the hidden states behind the last block: of their shape."""
+        import torch
+
+        if self._loaded_norm is None:
+            norm = copy.deepcopy(self._norm)
+            self._load(norm, f"{self._prefix}{self.family.norm}.")
+            self._loaded_norm = norm.to(self.device)
+        with torch.no_grad():
+            normed: torch.Tensor = self._loaded_norm(hidden)
+        return normed
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the hidden states behind the last block, through the final norm.
 
@@ -249,14 +262,11 @@ class Blocks:
         import torch
 
         if self._head is None:
-            norm = copy.deepcopy(self._norm)
-            self._load(norm, f"{self._prefix}{self.family.norm}.")
             tied = bool(getattr(self._config, "tie_word_embeddings", False))
             name = self._embedding_name if tied else "lm_head.weight"
-            self._head = norm.to(self.device), weights.read(self.checkpoint, name).to(self.device)
-        norm, matrix = self._head
+            self._head = weights.read(self.checkpoint, name).to(self.device)
+        matrix, normed = self._head, self.final_norm(hidden)
         with torch.no_grad():
-            normed = norm(hidden)
             step = max(1, HEAD_BYTES // (4 * self.n_embd))
             logits = torch.cat(
                 [(normed @ matrix[i : i + step].to(self.dtype).T).float() for i in range(0, len(matrix), step)], dim=-1

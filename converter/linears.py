@@ -9,7 +9,7 @@ from ziggurat.converter.activations import EXPERT
 from ziggurat.converter.checkpoint import Checkpoint
 from ziggurat.converter.upstream import Plan
 
-HEAD = "output.weight"
+HEAD, HEAD_TENSOR = "lm_head", "output.weight"
 
 
 def tensor_names(checkpoint: Checkpoint, plan: Plan, removed: Collection[int] = ()) -> dict[str, str]:
@@ -24,7 +24,8 @@ def tensor_names(checkpoint: Checkpoint, plan: Plan, removed: Collection[int] = 
 
     Returns:
         For each layer of the remaining blocks, named as its weight in the checkpoint without `.weight`, the name of
-        a tensor of `plan`; the experts of a mixture share a name without their number and a tensor.
+        a tensor of `plan`; the experts of a mixture share a name without their number and a tensor. The head is HEAD
+        where the GGUF has a matrix of its own for it.
     """
     from llama_cpp import _gguf as gguf
 
@@ -41,4 +42,6 @@ def tensor_names(checkpoint: Checkpoint, plan: Plan, removed: Collection[int] = 
         renamed = surgery.renamed(f"{name}.weight", places)
         if renamed in known:
             names[layer] = renamed
+    if HEAD_TENSOR in known:
+        names[HEAD] = HEAD_TENSOR
     return names

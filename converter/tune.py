@@ -30,6 +30,7 @@ from ziggurat.converter.calibrate import (
 )
 from ziggurat.converter.calibration_text import CalibrationTokens
 from ziggurat.converter.calibration_work import WorkFolder
+from ziggurat.converter.linears import HEAD
 from ziggurat.converter.repair import Fold
 from ziggurat.converter.samples import Sampler
 from ziggurat.converter.split import Split, split
@@ -202,18 +203,22 @@ class _Visitor:
         """Send the batches through, then call the steps."""
         fit: dict[str, ChannelStatistics] = {}
         held_out: list[torch.Tensor] = []
+        head: ChannelStatistics | None = None
         with self._collector.watching(block):
             self._begin_batch()
-            for number, (start, before, _) in enumerate(passing, 1):
+            for number, (start, before, behind) in enumerate(passing, 1):
                 if number > self._fit:
                     held_out += [states for i, states in enumerate(before, start) if i in self._chosen]
                 if number == self._fit:
                     fit = self._collector.take()
+                if self._places[block.index] == len(self._places) - 1 and HEAD in self._model.tensors:
+                    of_head = activations.channel_statistics(self._model.blocks.final_norm(behind))
+                    head = of_head if head is None else head + of_head
                 self._begin_batch()
         rest = self._collector.take()
         every = {name: rest[name] + fit[name] if name in fit else rest[name] for name in rest}
         every.update({name: fit[name] for name in fit if name not in rest})
-        arrays = activations.pack(every)
+        arrays = activations.pack(every if head is None else {**every, HEAD: head})
         if self._steps:
             captured = self._captured(block, fit, every, held_out)
             for step in self._steps:

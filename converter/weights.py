@@ -29,7 +29,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             return
         found = f"{other} is of type {checkpoint.tensors[other].dtype}"
     raise UnsupportedModelError(
-        f"{checkpoint.folder} cannot be calibrated: {found}; give the original checkpoint, the one before quantization"
+        f"{checkpoint.folder} cannot be calibrated: {found}; give the original checkpoint, the one before "
+        "quantization, or convert this with --no-awq --no-imatrix, or with --imatrix FILE --no-awq"
     )
 
 
