@@ -20,20 +20,27 @@ class Group:
     """What is divided: the last rows of this tensor's weight and bias, as many as there are scales. Where several
     matrices are stored as one (q, k and v; gate and up), the one that is meant comes last. Names the group too."""
     readers: tuple[str, ...]
-    """The matrices whose columns are multiplied: all that read the channels, routers of experts among them. With more
-    columns than scales they read the channels of a KV head once for each of its query heads."""
+    """The matrices whose columns are multiplied: all that read the channels, routers of experts among them."""
+    values: bool = False
+    """Whether the channels are those of KV heads, which are read once for each of their query heads."""
+    per_expert: bool = False
+    """Whether every expert has scales of its own."""
 
 
-_VALUES, _UP = Group("attn_v", ("attn_output",)), Group("ffn_up", ("ffn_down",))
+_VALUES, _UP = Group("attn_v", ("attn_output",), values=True), Group("ffn_up", ("ffn_down",))
 _QKV = Group("attn_norm", ("attn_q", "attn_k", "attn_v"))
 _DENSE = (_QKV, _VALUES, Group("ffn_norm", ("ffn_gate", "ffn_up")), _UP)
 _EXPERTS = (
     _QKV,
     _VALUES,
     Group("ffn_norm", ("ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps")),
-    Group("ffn_up_exps", ("ffn_down_exps",)),
+    Group("ffn_up_exps", ("ffn_down_exps",), per_expert=True),
 )
-_FUSED = (Group("attn_norm", ("attn_qkv",)), Group("attn_qkv", ("attn_output",)), Group("ffn_norm", ("ffn_up",)))
+_FUSED = (
+    Group("attn_norm", ("attn_qkv",)),
+    Group("attn_qkv", ("attn_output",), values=True),
+    Group("ffn_norm", ("ffn_up",)),
+)
 
 GROUPS: dict[str, tuple[Group, ...]] = {
     "LlamaForCausalLM": _DENSE,

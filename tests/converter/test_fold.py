@@ -27,10 +27,10 @@ def random_scales(plan: upstream.Plan, groups: tuple[scale_groups.Group, ...], s
     rng, shapes, model = np.random.default_rng(seed), {t.name: t.shape for t in plan.tensors}, plan.model_shape()
 
     def channels(place: int, group: scale_groups.Group) -> tuple[int, ...]:
-        if group.writer in ("attn_v", "attn_qkv"):
+        if group.values:
             return (model.n_head_kv * model.n_embd_head_v,)
         shape = shapes[f"blk.{place}.{group.readers[-1]}.weight"]
-        return (*shape[:-2], shape[-1]) if group.writer.endswith("_exps") else shape[-1:]
+        return (*shape[:-2], shape[-1]) if group.per_expert else shape[-1:]
 
     return {
         place: {group.writer: np.exp(rng.uniform(-3, 3, channels(place, group))).astype(np.float32) for group in groups}
