@@ -206,11 +206,11 @@ class _Search:
         return np.sqrt(self._by_channel(squares / np.maximum(count, 1)[..., None]))
 
     def _weights(self) -> Float64:
-        """Mean size of the weights that read each of the group's channels."""
+        """Root mean square of the weights that read each of the group's channels."""
         each = np.stack(
-            [[m.abs().mean(0).double().cpu().numpy() for m in reader.matrices] for reader in self._readers]
+            [[m.double().square().mean(0).cpu().numpy() for m in reader.matrices] for reader in self._readers]
         ).mean(0)
-        return self._by_channel(each if self._group.per_expert else each.mean(0))
+        return np.sqrt(self._by_channel(each if self._group.per_expert else each.mean(0)))
 
     def _by_channel(self, columns: Float64) -> Float64:
         """Means of what the readers' columns have, over those that read one channel."""
