@@ -131,18 +131,28 @@ class Part:
 
         handle = self._module.register_forward_pre_hook(remember, with_kwargs=True)
         try:
-            block(hidden)
+            behind = block(hidden)
         finally:
             handle.remove()
         self._wanted = self._run()
-        self._size = float(self._wanted.double().square().sum())
+        # where a norm follows the part, it is what the part gives that is divided
+        stream = self._wanted if block.family.post_norm else behind.reshape(self._wanted.shape)
+        self._weight = 1 / stream.double().square().mean(-1, keepdim=True).clamp_min(1e-30)
+        self._size = self._weighted(self._wanted)
 
     def loss(self, substitutes: Sequence[Substitute]) -> float:
-        """Squared error of what the part gives with substitutes, relative to what it gives without."""
+        """Squared error of what the part gives with substitutes, relative to what it gives without.
+
+        Tokens weigh by one over the mean square of their hidden state: the next norm divides by it, and a few tokens
+        of enormous states, the first of a text, would otherwise decide everything.
+        """
         if self._size == 0:
             return 0.0
         with substituted(substitutes):
-            return float((self._run() - self._wanted).double().square().sum()) / self._size
+            return self._weighted(self._run() - self._wanted) / self._size
+
+    def _weighted(self, out: torch.Tensor) -> float:
+        return float((out.double().square() * self._weight).sum())
 
     def _run(self) -> torch.Tensor:
         import torch

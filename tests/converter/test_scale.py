@@ -79,7 +79,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[..., Pa
 
 
 def in_eight_bits(scales: torch.Tensor) -> Callable[..., tuple[torch.Tensor]]:
-    """A hook that rounds scaled inputs as the kernels of the K types do: integers up to 127 times one number per 256."""
+    """A hook that rounds scaled inputs as kernels of the K types do: integers up to 127 times one number per 256."""
 
     def hook(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         blocks = (args[0] / scales).unflatten(-1, (-1, 256))
@@ -98,9 +98,9 @@ def quantized(model: Model, captured: Captured, group: scale_groups.Group, s: np
             layer = layers[f"blk.{captured.place}.{reader}.weight"]
             (view,) = views[layer]
             mine = fold.spread(s, view.shape[1], model.plan.model_shape().n_embd_head_v)
-            importance = captured.all_channels[layer].mean_squares / mine.astype(np.float64) ** 2
+            importance = captured.all_channels[layer].mean_squares.astype(np.float32) / np.square(mine)
             out = np.empty((len(view), ggml.row_bytes(Q4_K, view.shape[1])), np.uint8)
-            ggml.quantize_rows(Q4_K, view.numpy() * mine, out, importance.astype(np.float32))
+            ggml.quantize_rows(Q4_K, view.numpy() * mine, out, importance)
             stack.callback(view.copy_, view.clone())
             view.copy_(torch.from_numpy(ggml.dequantize_rows(Q4_K, out, view.shape[1]) / mine))
             module = captured.block.layer.get_submodule(layer.removeprefix(captured.block.prefix))
@@ -121,8 +121,9 @@ def outputs(captured: Captured, group: scale_groups.Group) -> torch.Tensor:
 
 def lost(model: Model, captured: Captured, group: scale_groups.Group, s: np.ndarray[Any, Any]) -> float:
     wanted = outputs(captured, group)
+    size = captured.block(captured.held_out).square().mean(-1, keepdim=True)  # of each token's state
     with quantized(model, captured, group, s):
-        return float((outputs(captured, group) - wanted).square().sum() / wanted.square().sum())
+        return float(((outputs(captured, group) - wanted).square() / size).sum() / (wanted.square() / size).sum())
 
 
 def test_outliers_gain_and_what_is_accepted_gains_on_held_out_activations(model: Callable[[str], Model]) -> None:
