@@ -24,13 +24,17 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-# Relative to the mean square of the regressors.
+# Relative to the mean square of the regressors; the search goes from the one in the middle to where it gets no better.
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
+USUAL_RIDGE = 1e-1
+
+# Products of matrices with more columns are taken in float32: in float64 they are most of what a repair takes.
+EXACT_COLUMNS = 2048
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over tokens for regressing D on X, in float64."""
+    """Sums over tokens for regressing D on X, kept in float64."""
 
     xtx: torch.Tensor
     """[f, f]"""
@@ -63,41 +67,66 @@ def weights(wanted: torch.Tensor) -> torch.Tensor:
 
 def sums(x: torch.Tensor, lacking: torch.Tensor, weight: torch.Tensor) -> Sums:
     """Sums of a few tokens: regressors `x` [n, f], `lacking` [n, d], `weight` [n]."""
-    x, lacking = x.double(), lacking.double()
-    weighted = x * weight[:, None]
-    return Sums(x.T @ weighted, weighted.T @ lacking, float((lacking.square().sum(-1) * weight).sum()))
+    kind = _product_type(x.shape[1])
+    x, d = ((part.double() * weight.sqrt()[:, None]).to(kind) for part in (x, lacking))
+    return Sums((x.T @ x).double(), (x.T @ d).double(), float((lacking.double().square().sum(-1) * weight).sum()))
 
 
 def solve(train: Sums, ridge: float) -> torch.Tensor:
     """B [f, d] that minimizes |X B - D|² + ridge · mean square of X · |B|² on the sums."""
     import torch
 
-    strength = ridge * float(train.xtx.diagonal().mean())
-    regularized = train.xtx + strength * torch.eye(len(train.xtx), dtype=train.xtx.dtype, device=train.xtx.device)
+    regularized = train.xtx.clone()
+    regularized.diagonal().add_(ridge * float(train.xtx.diagonal().mean()))
     factor, info = torch.linalg.cholesky_ex(regularized)
+    del regularized
     if int(info) != 0:  # not positive definite at this precision
         return torch.full_like(train.xtd, float("nan"))
-    solution: torch.Tensor = torch.cholesky_solve(train.xtd, factor)
+    kind = _product_type(len(factor))
+    solution: torch.Tensor = torch.cholesky_solve(train.xtd.to(kind), factor.to(kind)).double()
     return solution
 
 
 def left(held_out: Sums, matrix: torch.Tensor) -> float:
     """Share of D's sum of squares that `matrix` leaves on the tokens of `held_out`: 1 without any correction."""
-    explained = 2 * (matrix * held_out.xtd).sum() - (matrix * (held_out.xtx @ matrix)).sum()
+    kind = _product_type(len(matrix))
+    given = (held_out.xtx.to(kind) @ matrix.to(kind)).double()
+    explained = 2 * (matrix * held_out.xtd).sum() - (matrix * given).sum()
     return float(1 - explained / held_out.dtd)
 
 
 def choose(train: Sums, held_out: Sums) -> Correction | None:
-    """The correction whose regularization does best on held-out tokens; None if none is better than nothing there."""
+    """The correction whose regularization does best on held-out tokens; None if none is better than nothing there.
+
+    A ridge's share of the held-out error falls and then rises again, so that few of `RIDGES` have to be tried: each
+    takes a factorization.
+    """
     if not (np.isfinite(train.dtd) and np.isfinite(held_out.dtd)) or held_out.dtd <= 0 or train.dtd <= 0:
         return None
-    best: Correction | None = None
-    for ridge in RIDGES:
-        matrix = solve(train, ridge)
+
+    def tried(index: int) -> Correction:
+        matrix = solve(train, RIDGES[index])
         share = left(held_out, matrix)
-        if np.isfinite(share) and share < (1.0 if best is None else best.left):
-            best = Correction(matrix, ridge, share)
-    return best
+        return Correction(matrix, RIDGES[index], share if np.isfinite(share) else float("inf"))
+
+    start = RIDGES.index(USUAL_RIDGE)
+    best = tried(start)
+    for step in (1, -1):
+        index = start + step
+        while 0 <= index < len(RIDGES):
+            other = tried(index)
+            if other.left >= best.left and np.isfinite(best.left):
+                break
+            best, index = other, index + step
+        if best.ridge != RIDGES[start]:
+            break
+    return best if best.left < 1 else None
+
+
+def _product_type(columns: int) -> torch.dtype:
+    import torch
+
+    return torch.float64 if columns <= EXACT_COLUMNS else torch.float32
 
 
 @dataclass(frozen=True)
