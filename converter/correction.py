@@ -34,6 +34,8 @@ class RepairSettings:
     """Correct the kept blocks behind the first removed run too."""
     weighted: bool = True
     """Weigh tokens by the size of their hidden state."""
+    skip: tuple[int, ...] = ()
+    """Blocks that are not corrected."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,10 @@ def correct(
     import torch
 
     on_inputs = _on_inputs(stream.blocks, settings)
+    regressors: HiddenStates | None = None
 
     def summed(windows: Windows) -> Sums | None:
+        nonlocal regressors
         total: Sums | None = None
         for window in windows:
             with _regressors(block, on_inputs) as seen:
@@ -85,18 +89,22 @@ def correct(
             weight = repair.weights(target) if settings.weighted else torch.ones_like(target[:, 0]).double()
             part = repair.sums(seen[0], target.double() - behind.flatten(0, 1).double(), weight)
             total = part if total is None else total + part
+            if regressors is None:
+                regressors = stream.room(seen[0].shape[-1])
+            regressors.write(window[0], seen[0].reshape(*behind.shape[:2], -1))
+            mended.write(window[0], behind)
         return total
 
     fit, held_out = summed(stream.fit), summed(stream.held_out)
     correction = None if fit is None or held_out is None else repair.choose(fit, held_out)
+    assert regressors is not None
+    if correction is not None:
+        matrix = correction.matrix.to(stream.blocks.dtype)
+        for window in stream.all:
+            mended.write(window[0], stream.read(mended, window) + stream.read(regressors, window) @ matrix)
+    stream.release(regressors)
     if correction is None:
-        stream.through(block, mended, stream.all)
         return None
-    matrix = correction.matrix.to(stream.blocks.dtype)
-    for window in stream.all:
-        with _regressors(block, on_inputs) as seen:
-            behind = stream.run(block, mended, window)
-        mended.write(window[0], behind + (seen[0] @ matrix).reshape(behind.shape))
     fold = (repair.fold_inputs if on_inputs else repair.fold_outputs)(correction)
     return Corrected(fold, correction.ridge, correction.left)
 

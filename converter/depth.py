@@ -68,14 +68,14 @@ class Measuring:
         with remembered_losses(blocks, self.tokens, self.settings, self.progress) as losses:
             return choice.by_perplexity(losses, blocks.n_layer, n, before)
 
-    def cut(self, removed: tuple[int, ...], *, repair: bool = True) -> Repaired:
+    def cut(self, removed: tuple[int, ...], *, repair: bool = True, uncorrected: tuple[int, ...] = ()) -> Repaired:
         """The model without blocks, measured on held-out tokens with and without repair."""
         from ziggurat.converter import repair_pass
         from ziggurat.converter.blocks import Blocks
         from ziggurat.converter.correction import RepairSettings
 
         blocks = Blocks(self.checkpoint, self.settings.device, self.settings.dtype)
-        how = RepairSettings() if repair else None
+        how = RepairSettings(skip=uncorrected) if repair else None
         return repair_pass.cut(blocks, self.tokens, removed, self.settings, how, self.progress)
 
 
@@ -101,7 +101,7 @@ def prune(
     record = RepairRecord("none", "not asked for")
     folds: Mapping[int, Fold] = {}
     if settings.repair:
-        record, folds = _repair(measuring.cut(removed))
+        record, folds = _repair(measuring.cut(removed, uncorrected=settings.uncorrected))
     measured = settings.repair or not settings.blocks
     done = PruneRecord(
         removed, n_layer, BY_LIST if settings.blocks else settings.by, record,

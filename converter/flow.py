@@ -27,7 +27,7 @@ from ziggurat.converter.calibrate import (
 from ziggurat.converter.calibration_text import CalibrationTokens
 from ziggurat.converter.calibration_work import WorkFolder
 from ziggurat.converter.errors import CalibrationError
-from ziggurat.converter.hidden import HiddenStates, fits_memory
+from ziggurat.converter.hidden import HiddenStates, Shape, fits_memory
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,8 @@ class Flow:
         self.blocks, self.tokens, self._progress = blocks, tokens.ids.size, progress
         self._shape = sequences, positions, blocks.n_embd
         whole = (copies * sequences, positions, blocks.n_embd)
-        self._in_memory, self._folder, self._made = fits_memory(whole, settings.memory_share), folder, 0
+        self._memory_share, self._folder, self._made = settings.memory_share, folder, 0
+        self._in_memory = fits_memory(whole, settings.memory_share)
 
     @property
     def all(self) -> Windows:
@@ -144,9 +145,17 @@ class Flow:
             count += len(ids)
         return (loss / count, divergence / count) if count else (math.nan, math.nan)
 
+    def room(self, width: int) -> HiddenStates:
+        """Room for something else of each token: shape [sequences, positions, width]."""
+        shape = *self._shape[:2], width
+        return self._new(shape, in_memory=fits_memory(shape, self._memory_share))
+
     def _room(self) -> HiddenStates:
+        return self._new(self._shape, in_memory=self._in_memory)
+
+    def _new(self, shape: Shape, *, in_memory: bool) -> HiddenStates:
         self._made += 1
-        return HiddenStates(self._shape, None if self._in_memory else self._folder / f"flow-{self._made}.f32")
+        return HiddenStates(shape, None if in_memory else self._folder / f"flow-{self._made}.f32")
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ class PruneSettings:
     """Indices of blocks of the checkpoint, instead of a criterion."""
     by: Criterion = "influence"
     repair: bool = True
+    uncorrected: tuple[int, ...] = ()
+    """Blocks that the repair leaves as they are."""
 
 
 def prune_settings(

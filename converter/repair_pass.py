@@ -155,15 +155,15 @@ class _Cut:
 
     def _tries(self, index: int, end: int) -> bool:
         """Whether a correction is looked for in a kept block that is behind the first removed run, or before one."""
-        return self.settings is not None and (end > index + 1 or self.settings.behind)
+        settings = self.settings
+        return settings is not None and index not in settings.skip and (end > index + 1 or settings.behind)
 
     def _tokens(self, index: int, end: int) -> int:
         """Tokens that go through blocks in a step, all streams together."""
         share = {name: self.flow.count(self._windows(name)) for name in ("whole", "plain", "mended")}
         tokens = (end - index) * share["whole"]
         if self.removed and end > self.removed[0]:
-            mended = 0 if self.settings is None else share["mended"]
-            tokens += share["plain"] + mended * (2 if self._tries(index, end) else 1)
+            tokens += share["plain"] + (0 if self.settings is None else share["mended"])
         return tokens
 
     def _step(self, index: int, end: int) -> None:

@@ -25,6 +25,7 @@ MODEL = HERE.parent / "reference_model"
 sys.path.insert(0, str(MODEL))
 
 COUNTS = (1, 2, 3, 4)
+ABLATED = 3  # blocks removed where single corrections are left out to see what they do
 TEXTS = ("tinystories_more.txt", "wikitext_valid.txt", "tinyshakespeare.txt", "dialogues.txt")
 CALIBRATION_CHARACTERS, HELD_OUT_CHARACTERS = 40_000, 16_000
 CHATS, CHAT_SENTENCES, CHAT_FACTS = 60, 24, 4
@@ -101,10 +102,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from ziggurat.converter.calibrate import CalibrateSettings, Silent
     from ziggurat.converter.calibration_text import TextSettings
     from ziggurat.converter.checkpoint import open_checkpoint
+    from ziggurat.converter.correction import RepairSettings
     from ziggurat.converter.depth import Measuring
     from ziggurat.converter.pipeline import ConvertSettings, convert
-    from ziggurat.converter.prune import CRITERIA, PruneSettings
-    from ziggurat.converter.repair_pass import RepairSettings, cut
+    from ziggurat.converter.prune import CRITERIA, PruneSettings, runs
+    from ziggurat.converter.repair_pass import cut
 
     calibration, text = write_texts(options.texts, folder, facts=not options.no_facts)
     settings, source = CalibrateSettings(threads=options.threads), TextSettings(calibration)
@@ -113,6 +115,16 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     convert(MODEL, whole, ConvertSettings(type="bf16", threads=options.threads))
     none = evaluate(whole, whole, text, options)
     print(f"whole: {none}", flush=True)
+
+    def without(prune: PruneSettings) -> dict[str, float]:
+        out = folder / "cut.gguf"
+        how = ConvertSettings(type="bf16", threads=options.threads, prune=prune, calibration=source, force=True)
+        record = convert(MODEL, out, how).prune
+        assert record is not None
+        figures = evaluate(out, whole, text, options)
+        print(f"{prune.blocks}, {record.repair.method} of {record.repair.blocks}: {figures}", flush=True)
+        return figures
+
     done: dict[tuple[tuple[int, ...], bool], dict[str, float]] = {}
     rows = []
     for criterion in CRITERIA:
@@ -122,15 +134,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for repair in (False, True):
                 key = blocks, repair
                 if key not in done:
-                    out = folder / "cut.gguf"
-                    prune = PruneSettings(blocks=blocks, repair=repair)
-                    how = ConvertSettings(
-                        type="bf16", threads=options.threads, prune=prune, calibration=source, force=True
-                    )
-                    record = convert(MODEL, out, how).prune
-                    assert record is not None
-                    done[key] = evaluate(out, whole, text, options)
-                    print(f"{blocks}, {record.repair.method}: {done[key]}", flush=True)
+                    done[key] = without(PruneSettings(blocks=blocks, repair=repair))
                 rows.append({"criterion": criterion, "count": count, "blocks": blocks, "repair": repair, **done[key]})
     variants = []
     for count in COUNTS:
@@ -140,7 +144,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             found = cut(Blocks(measuring.checkpoint), measuring.tokens, blocks, settings, RepairSettings(**parts))
             row["no repair"], row[name] = found.divergence_pruned, found.divergence_repaired
         variants.append(row)
-    return {"whole": none, "rows": rows, "held_out_divergence": variants}
+    blocks = measuring.choose("influence", ABLATED)
+    left_out = [
+        {"count": ABLATED, "blocks": blocks, "uncorrected": before,
+         **without(PruneSettings(blocks=blocks, uncorrected=(before,)))}
+        for before in (first - 1 for first, _ in runs(blocks))
+    ]  # fmt: skip
+    return {"whole": none, "rows": rows, "held_out_divergence": variants, "one_correction_less": left_out}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -162,6 +172,10 @@ def table(found: dict[str, Any]) -> str:
     lines += ["", f"| removed | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
     for row in found["held_out_divergence"]:
         lines.append(f"| {row['count']} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |")
+    for row in found["one_correction_less"]:
+        blocks = ", ".join(map(str, row["blocks"]))
+        lines += ["", f"Without blocks {blocks}, repaired but for block {row['uncorrected']}: "
+                  f"perplexity {row['perplexity']:.2f}, KLD {row['kl_divergence']:.3f}, retrieval {row['retrieval']:.0%}"]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -196,7 +210,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--no-facts", action="store_true", help="calibrate on the texts alone, without chats")
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
