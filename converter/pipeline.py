@@ -113,9 +113,6 @@ def convert(
     checkpoint = open_checkpoint(hub.resolve(model), ignore_code=settings.ignore_code)
     if out.resolve() in {tensor.file.resolve() for tensor in checkpoint.tensors.values()}:
         raise OutputError(f"{out} is a part of the checkpoint: name another file")
-    wanted = _fit_settings(settings)
-    if wanted.needed:
-        fitting.check(checkpoint)
     importance = None if settings.imatrix is None else read_imatrix(settings.imatrix)
 
     base = settings.type if settings.type in recipes.FLOAT_TYPES else "bf16"
@@ -124,6 +121,9 @@ def convert(
         kind = plan.value("tokenizer.ggml.model")
         raise TokenizerError(f"a tokenizer of the kind {kind!r} has no pre-tokenizer to name: leave --pre out")
     _check_importance(plan, importance)
+    wanted = _fit_settings(settings)
+    if wanted.needed:
+        fitting.check(checkpoint)
     threads = settings.threads or len(os.sched_getaffinity(0))
     work, shape = work_folder(out), plan.model_shape()
     calibrate = CalibrateSettings(device=settings.device, threads=settings.threads, work=work)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from helpers import families
-from ziggurat.converter.pipeline import ConvertSettings, convert
+from helpers.plain import plain
+from ziggurat.converter.pipeline import convert
 
 MakeCheckpoint = Callable[..., Path]
 MakeGguf = Callable[[Path, str], Path]
@@ -40,7 +41,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> MakeGguf:
             with warnings.catch_warnings():
                 # upstream's T5 class leaves closing its vocabulary to the garbage collector
                 warnings.simplefilter("ignore", ResourceWarning)
-                convert(folder, out, ConvertSettings(type=type_name))
+                convert(folder, out, plain(type=type_name))
             made[folder, type_name] = out
         return made[folder, type_name]
 

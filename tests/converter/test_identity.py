@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from llama_cpp import _conversion, _gguf
 
+from helpers.plain import plain
 from helpers.quantizer import quantize
 from ziggurat.converter.errors import ImatrixError
-from ziggurat.converter.pipeline import ConvertSettings, convert
+from ziggurat.converter.pipeline import convert
 from ziggurat.converter.recipes import FTYPES
 
 MakeCheckpoint = Callable[..., Path]
@@ -96,13 +97,13 @@ def write_imatrix(path: Path, columns: dict[str, tuple[int, ...]]) -> dict[str, 
 def test_every_type(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
     """A checkpoint in F32 shows that the rounding to BF16 comes first, as in the chain."""
     quantize(upstream("llama_gqa", "float32"), tmp_path / "ref.gguf", FTYPES[type_name])
-    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
+    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", plain(type=type_name))
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
 
 @pytest.mark.parametrize("type_name", ["f32", "f16", "bf16"])
 def test_unquantized(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
-    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
+    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", plain(type=type_name))
     same(tmp_path / "own.gguf", upstream("llama_gqa", "float32", type_name))
 
 
@@ -112,7 +113,7 @@ def test_every_family(
     checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, family: str, type_name: str
 ) -> None:
     quantize(upstream(family, "bfloat16"), tmp_path / "ref.gguf", FTYPES[type_name])
-    convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
+    convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", plain(type=type_name))
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
 
@@ -128,7 +129,7 @@ def test_with_an_importance_matrix(
     }
     means = write_imatrix(tmp_path / "imatrix.gguf", columns)
     quantize(source, tmp_path / "ref.gguf", FTYPES[type_name], means)
-    settings = ConvertSettings(type=type_name, imatrix=tmp_path / "imatrix.gguf")
+    settings = plain(type=type_name, imatrix=tmp_path / "imatrix.gguf")
     convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", settings)
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
@@ -136,4 +137,4 @@ def test_with_an_importance_matrix(
 def test_an_importance_matrix_of_another_model(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     write_imatrix(tmp_path / "imatrix.gguf", {"blk.0.attn_q.weight": (1, 7)})
     with pytest.raises(ImatrixError, match="another model"):
-        convert(checkpoint("llama_gqa"), tmp_path / "own.gguf", ConvertSettings(imatrix=tmp_path / "imatrix.gguf"))
+        convert(checkpoint("llama_gqa"), tmp_path / "own.gguf", plain(imatrix=tmp_path / "imatrix.gguf"))

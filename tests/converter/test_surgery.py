@@ -12,6 +12,7 @@ import pytest
 from llama_cpp import _gguf
 
 from helpers import families
+from helpers.plain import plain
 from helpers.quantizer import quantize
 from helpers.stock import Gguf
 from ziggurat.converter import surgery
@@ -53,7 +54,7 @@ def contents(path: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def settings(type_name: str, blocks: tuple[int, ...] = REMOVED, imatrix: Path | None = None) -> ConvertSettings:
-    return ConvertSettings(type=type_name, threads=1, imatrix=imatrix, prune=PruneSettings(blocks=blocks, repair=False))
+    return plain(type=type_name, threads=1, imatrix=imatrix, prune=PruneSettings(blocks=blocks, repair=False))
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "mixtral", "gpt2"])
