@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import llama_cpp
 import pytest
 
 from helpers import families
@@ -46,3 +48,12 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> MakeGguf:
         return made[folder, type_name]
 
     return make
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """llama.cpp's own quantizer prints pages: nobody listens."""
+    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    yield
+    llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import _conversion, _gguf
@@ -20,6 +18,8 @@ from ziggurat.converter.pipeline import convert
 from ziggurat.converter.recipes import FTYPES
 
 MakeCheckpoint = Callable[..., Path]
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 TYPES = ["q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "iq4_nl", "q5_k_m", "q6_k", "q8_0",
          "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq3_s", "iq3_m"]  # fmt: skip
@@ -63,14 +63,6 @@ def same(ours: Path, reference: Path) -> None:
     for mine, wanted in zip(tensors(ours), tensors(reference), strict=True):
         assert mine[:2] == wanted[:2]
         assert mine[2] == wanted[2], mine[0]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    yield
-    llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
 
 
 def write_imatrix(path: Path, columns: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

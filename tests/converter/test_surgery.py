@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import _gguf
@@ -23,6 +21,8 @@ from ziggurat.converter.prune import PruneSettings
 from ziggurat.converter.recipes import FTYPES
 from ziggurat.converter.upstream import Plan, PlannedTensor
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 REMOVED = (2, 3, 5)
 N_LAYER = 8
 
@@ -38,14 +38,6 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    yield
-    llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
 
 
 def contents(path: Path) -> dict[str, tuple[int, bytes]]:
