@@ -111,7 +111,7 @@ def convert(  # noqa: PLR0913 - one parameter per option
         raise click.UsageError("--prune-report writes no model and tries the blocks itself: no OUT, no --prune-blocks")
     if plot is not None and not prune_report:
         raise click.UsageError("--plot belongs to --prune-report")
-    with _errors_as_lines(console, debug=debug), _signals_as_exceptions(), warnings.catch_warnings():
+    with _errors_as_lines(console, out, debug=debug), _signals_as_exceptions(), warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")  # libraries warn their users, the programmers, not ours
         _quiet_libraries(verbose=verbose)
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 @contextmanager
-def _errors_as_lines(console: Console, *, debug: bool) -> Iterator[None]:
+def _errors_as_lines(console: Console, out: Path | None, *, debug: bool) -> Iterator[None]:
     """Every failure is one line and a non-zero exit code."""
     try:
         yield
@@ -155,14 +155,25 @@ def _errors_as_lines(console: Console, *, debug: bool) -> Iterator[None]:
         if debug:
             raise
         if isinstance(e, KeyboardInterrupt):
-            _fail(console, "interrupted, nothing was written", 130)
+            _fail(console, f"interrupted, nothing was written{_kept(out)}", 130)
         if isinstance(e, MemoryError):
-            _fail(console, "out of memory, nothing was written: close other programs or convert on a larger machine")
+            advice = "close other programs or convert on a larger machine"
+            _fail(console, f"out of memory, nothing was written: {advice}{_kept(out)}")
         _fail(console, str(e))
     except Exception as e:
         if debug:
             raise
         _fail(console, f"unexpected {type(e).__name__}: {e} (this is a bug of Ziggurat; --debug shows where)")
+
+
+def _kept(out: Path | None) -> str:
+    """What an interrupted conversion to `out` leaves to go on from, for the end of a message."""
+    if out is None or "ziggurat.converter.pipeline" not in sys.modules:  # before that there is nothing
+        return ""
+    from ziggurat.converter.calibration_work import kept_text
+    from ziggurat.converter.pipeline import work_folder
+
+    return kept_text(work_folder(out))
 
 
 def _fail(console: Console, message: str, code: int = 1) -> NoReturn:

@@ -76,7 +76,7 @@ def importance_names(checkpoint: Checkpoint, plan: Plan, removed: Collection[int
 
 
 def fit(
-    plan: Plan, settings: FitSettings, measuring: Measuring, work: Path, *,
+    plan: Plan, settings: FitSettings, measuring: Measuring, *,
     removed: tuple[int, ...] = (), folds: Mapping[int, Fold] | None = None,
 ) -> Fitted:  # fmt: skip
     """Run the calibration text through the model that will be written, and take what was found into its plan.
@@ -84,8 +84,7 @@ def fit(
     Args:
         plan: of that model.
         settings: what is wanted.
-        measuring: checkpoint, text and how to run it.
-        work: folder from which a killed pass is taken up again.
+        measuring: checkpoint, text and how to run it; a killed pass is taken up again from its work folder.
         removed: blocks of the checkpoint that `plan` is without.
         folds: repair in it, by block of the checkpoint.
 
@@ -97,7 +96,7 @@ def fit(
     from ziggurat.converter.blocks import Blocks
     from ziggurat.converter.tune import TunedModel, tune
 
-    tokens, how = measuring.tokens, dataclasses.replace(measuring.settings, work=work)
+    tokens, how = measuring.tokens, measuring.settings
     tensors = linears.tensor_names(measuring.checkpoint, plan, removed)
     model = TunedModel(Blocks(measuring.checkpoint, how.device, how.dtype), tensors, removed, folds or {})
     finished = tune(model, tokens, _steps(settings), how, measuring.progress)

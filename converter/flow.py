@@ -19,6 +19,7 @@ from ziggurat.converter.block_pass import check_finite, embed
 from ziggurat.converter.blocks import Block, Blocks
 from ziggurat.converter.calibrate import CalibrateSettings, CalibrationProgress, torch_threads
 from ziggurat.converter.calibration_text import CalibrationTokens
+from ziggurat.converter.calibration_work import WorkFolder
 from ziggurat.converter.hidden import HiddenStates, fits_memory
 from ziggurat.converter.split import split
 
@@ -62,6 +63,10 @@ class Flow:
         """All batches."""
         return [*self.fit, *self.held_out]
 
+    def count(self, windows: Windows) -> int:
+        """Number of tokens in batches."""
+        return sum(stop - start for start, stop in windows) * int(self._shape[1])
+
     def start(self, windows: Windows) -> HiddenStates:
         """Hidden states before the first block, of the sequences in `windows`; what others hold is undefined."""
         hidden = self._room()
@@ -74,6 +79,10 @@ class Flow:
         for start, stop in windows:
             copy.write(start, hidden.read(start, stop))
         return copy
+
+    def resume(self, path: Path, windows: Windows) -> HiddenStates:
+        """A copy of the hidden states in a file that `HiddenStates.copy_to` made."""
+        return self.copy(HiddenStates(self._shape, path, create=False), windows)
 
     def release(self, hidden: HiddenStates) -> None:
         """Give the room back."""
@@ -129,14 +138,20 @@ class Flow:
 
 @contextlib.contextmanager
 def flow(
-    blocks: Blocks, tokens: CalibrationTokens, settings: CalibrateSettings, progress: CalibrationProgress, copies: int
-) -> Iterator[Flow]:
+    blocks: Blocks, tokens: CalibrationTokens, settings: CalibrateSettings, progress: CalibrationProgress, copies: int,
+    work: WorkFolder | None = None,
+) -> Iterator[Flow]:  # fmt: skip
     """A flow whose files are gone afterwards; its computations take the threads of `settings`.
+
+    Its files are in `work`, or in a temporary folder.
 
     Raises:
         CalibrationError: there are not two sequences.
     """
-    if settings.work is not None:
-        settings.work.mkdir(parents=True, exist_ok=True)
-    with torch_threads(settings.threads), tempfile.TemporaryDirectory(prefix="ziggurat-", dir=settings.work) as folder:
-        yield Flow(blocks, tokens, settings, Path(folder), progress, copies)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch_threads(settings.threads))
+        if work is not None:
+            folder = stack.enter_context(work.scratch())
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ziggurat-")))
+        yield Flow(blocks, tokens, settings, folder, progress, copies)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from ziggurat.converter import depth, fitting, hub, quantize, recipes, surgery, upstream
 from ziggurat.converter.calibrate import CalibrateSettings
 from ziggurat.converter.calibration_text import TextSettings
+from ziggurat.converter.calibration_work import discard
 from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.errors import ConvertError, ImatrixError, OutputError, TokenizerError
 from ziggurat.converter.imatrix import read_imatrix
@@ -155,7 +155,7 @@ def convert(
         with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:  # what it refuses, it refuses now
             planned(file)
         removed, folds = ((), {}) if pruned is None else (pruned.record.blocks, pruned.folds)
-        fitted = fitting.fit(plan, wanted, measuring, work / "tuning", removed=removed, folds=folds)
+        fitted = fitting.fit(plan, wanted, measuring, removed=removed, folds=folds)
         plan = fitted.plan
         if fitted.importance is not None:
             importance = fitted.importance
@@ -169,7 +169,7 @@ def convert(
                 file.write(slab.data)
                 progress.advance(slab.elements, slab.tensor.name)
         output_bytes = file.commit()
-    shutil.rmtree(work, ignore_errors=True)
+    discard(work)
 
     report = Report(
         model=str(model),

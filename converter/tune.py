@@ -25,11 +25,10 @@ from ziggurat.converter.calibrate import (
     CalibrateSettings,
     CalibrationProgress,
     Silent,
-    pass_identity,
     torch_threads,
 )
 from ziggurat.converter.calibration_text import CalibrationTokens
-from ziggurat.converter.calibration_work import WorkFolder
+from ziggurat.converter.calibration_work import WorkFolder, identity
 from ziggurat.converter.linears import HEAD
 from ziggurat.converter.repair import Fold
 from ziggurat.converter.samples import Sampler
@@ -129,7 +128,7 @@ def tune(
         model: which.
         tokens: at least two sequences.
         steps: in order; each sees what those before it found.
-        settings: device, memory and batches; `work` is where the arrays stay.
+        settings: device, memory and batches; in `work`, which is not None, the arrays stay.
         progress: who is told; a step is a token that went through a block.
 
     Returns:
@@ -142,7 +141,8 @@ def tune(
     assert settings.work is not None
     progress = progress or Silent()
     parts = split(tokens, settings.batch_tokens)
-    with torch_threads(settings.threads), WorkFolder(settings.work, _identity(model, tokens, steps, settings)) as work:
+    folder, inputs = settings.work / "tuning", _identity(model, tokens, steps, settings)
+    with torch_threads(settings.threads), WorkFolder(folder, inputs, "tuning") as work:
         kept = model.kept
         progress.stage("tuning", (len(kept) - work.finished) * tokens.ids.size)
         visitor = _Visitor(model, parts, steps)
@@ -161,13 +161,12 @@ def found(arrays: Arrays, step: str) -> dict[str, npt.NDArray[Any]]:
 def _identity(
     model: TunedModel, tokens: CalibrationTokens, steps: Sequence[BlockStep], settings: CalibrateSettings
 ) -> dict[str, Any]:
-    identity = pass_identity(model.blocks.checkpoint, tokens, settings)
-    identity["removed blocks"] = list(model.removed)
-    identity["repair"] = _hash(model.folds)
-    identity["steps"] = [step.name for step in steps]
-    for step in steps:
-        identity.update({f"{step.name} {key}": value for key, value in step.identity.items()})
-    return identity
+    """All that decides what is found."""
+    common = identity(
+        model.blocks.checkpoint, tokens, settings,
+        removed_blocks=list(model.removed), repair=_hash(model.folds), steps=[step.name for step in steps],
+    )  # fmt: skip
+    return {**common, **{f"{step.name} {key}": value for step in steps for key, value in step.identity.items()}}
 
 
 def _hash(folds: Mapping[int, Fold]) -> str:

@@ -25,7 +25,7 @@ TYPES = ["q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "iq4_nl", "q5_k_m", "q6_k", "q8_0
          "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq3_s", "iq3_m"]  # fmt: skip
 IMATRIX_TYPES = ["q4_k_m", "q4_0", "iq4_xs", "q2_k_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs",
                  "iq1_s", "iq1_m"]  # fmt: skip
-FAMILIES = ["llama_tied", "llama_untied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3_moe", "gpt2"]
+FAMILIES = ["llama_tied", "llama_untied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3_moe", "gpt2", "olmo2"]
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,11 @@ from ziggurat.converter.calibrate import CalibrateSettings, Silent
 from ziggurat.converter.calibration_text import TextSettings, read_tokens
 from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.cli import convert as command
+from ziggurat.converter.correction import RepairSettings
 from ziggurat.converter.errors import CalibrationError, PruneError
 from ziggurat.converter.pipeline import ConvertSettings, convert, work_folder
 from ziggurat.converter.prune import PruneSettings
-from ziggurat.converter.repair_pass import RepairSettings, cut
+from ziggurat.converter.repair_pass import cut
 from ziggurat.runtime.command_inspect import inspect
 
 TEXT = TextSettings(tokens=1024, sequence=64)
@@ -173,6 +174,28 @@ def test_nan_weights_are_refused(model: Path, tmp_path: Path) -> None:
 )
 def test_wrong_calls(model: Path, words: list[str]) -> None:
     assert run(model, *words).exit_code == 2
+
+
+def test_a_norm_behind_the_projection(tmp_path: Path) -> None:
+    """Such blocks can go, but no correction can be folded: said before anything is measured."""
+    folder = families.build("olmo2", tmp_path / "olmo2", layers=4)
+    options = ["--threads", 1, "--calibration-tokens", 256, "--calibration-sequence", 64]
+    for words in ([tmp_path / "out.gguf", "--prune", 1], [tmp_path / "out.gguf", "--prune-blocks", 2]):
+        done = run(folder, *words, *options)
+        assert done.exit_code == 1
+        assert done.output.splitlines() == [
+            "convert: error: removed blocks of Olmo2ForCausalLM cannot be made up for: a norm follows the down "
+            "projection, so no correction can be folded into it; leave the repair out with --no-repair"
+        ]
+    with pytest.raises(PruneError, match="--no-repair"):
+        prune_report.report(folder, progress=_Stop("calibration", 0))
+    for by in ("influence", "perplexity"):
+        out = tmp_path / f"{by}.gguf"
+        assert run(folder, out, "--prune", 1, "--prune-by", by, "--no-repair", *options).exit_code == 0
+        with Gguf(out) as loaded:
+            assert np.isfinite(loaded.logits([5, 6, 7])).all()
+    report = prune_report.report(folder, repair=False, most=1, text=TEXT, settings=CalibrateSettings(threads=1))
+    assert report.rows[0].perplexity_repaired is None and report.rows[0].divergence_pruned > 0
 
 
 class _Stop:

@@ -14,9 +14,10 @@ from ziggurat.converter.blocks import Blocks
 from ziggurat.converter.calibrate import CalibrateSettings
 from ziggurat.converter.calibration_text import CalibrationTokens
 from ziggurat.converter.checkpoint import Checkpoint, open_checkpoint
+from ziggurat.converter.correction import RepairSettings
 from ziggurat.converter.errors import CalibrationError, PruneError
 from ziggurat.converter.removal_search import removal_losses
-from ziggurat.converter.repair_pass import RepairSettings, cut
+from ziggurat.converter.repair_pass import cut
 
 SETTINGS = CalibrateSettings(batch_tokens=64, threads=1)
 

@@ -49,7 +49,7 @@ def settings(type_name: str, blocks: tuple[int, ...] = REMOVED, imatrix: Path | 
     return plain(type=type_name, threads=1, imatrix=imatrix, prune=PruneSettings(blocks=blocks, repair=False))
 
 
-@pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "mixtral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "mixtral", "gpt2", "olmo2"])
 @pytest.mark.parametrize("type_name", ["q4_k_m", "q3_k_m", "q4_0"])
 def test_same_tensors_as_llama_cpp(deep: Callable[[str], Path], tmp_path: Path, family: str, type_name: str) -> None:
     whole, theirs, ours = tmp_path / "whole.gguf", tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
@@ -81,7 +81,7 @@ def test_importance_matrix_of_the_whole_model(deep: Callable[[str], Path], tmp_p
     assert contents(ours) == contents(theirs)
 
 
-@pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "phi3", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "phi3", "qwen3_moe", "gpt2", "olmo2"])
 def test_computes_what_transformers_does_without_the_blocks(
     deep: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
