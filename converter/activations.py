@@ -1,4 +1,4 @@
-"""Statistics of what goes into a block's linear layers, channel by channel."""
+"""Statistics of what goes into a block's linear layers, channel by channel, and samples of it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    import torch
+
     from ziggurat.converter.blocks import Block
 
 Float64 = npt.NDArray[np.float64]
@@ -42,6 +44,19 @@ class ChannelStatistics:
         result: Float64 = self.squares / np.maximum(self.count, 1)[..., None]
         return result
 
+    def __add__(self, other: ChannelStatistics) -> ChannelStatistics:
+        return ChannelStatistics(self.absolute + other.absolute, self.squares + other.squares, self.count + other.count)
+
+
+class Observer(Protocol):
+    """Who wants to see the inputs themselves."""
+
+    def add(self, leader: str, x: torch.Tensor, expert: int | None, experts: int | None) -> None:
+        """Inputs of shape [n, columns], float32, that `leader` and all layers that follow it read.
+
+        `expert` says which of `experts` read them; None: all of a layer that is no mixture.
+        """
+
 
 class _Sums:
     """Accumulates one linear layer's statistics."""
@@ -56,12 +71,18 @@ class Collector:
     """Sums up the inputs of all linear layers of blocks while they run.
 
     Layers are named as their weights in the checkpoint, without `.weight`; the experts of a mixture share a name
-    without their number (`model.layers.0.mlp.experts.gate_proj`), however transformers keeps them.
+    without their number (`model.layers.0.mlp.experts.gate_proj`), however transformers keeps them, and its router is
+    one of the layers.
+
+    Attributes:
+        leaders: for each layer, the first of those that read the same input (q, k and v; gate and up).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, observer: Observer | None = None) -> None:
         self._sums: dict[str, _Sums] = {}
-        self._last: tuple[Any, tuple[Float64, Float64, int]] | None = None
+        self._last: tuple[Any, str, tuple[Float64, Float64, int]] | None = None
+        self._observer = observer
+        self.leaders: dict[str, str] = {}
 
     def take(self) -> dict[str, ChannelStatistics]:
         """What was gathered since the last call."""
@@ -72,11 +93,10 @@ class Collector:
     def watching(self, block: Block) -> Iterator[None]:
         """Gather what goes into the linear layers of `block` in calls meanwhile."""
         import torch
-        from transformers.pytorch_utils import Conv1D
 
         handles = []
         for path, module in block.layer.named_modules():
-            if isinstance(module, (torch.nn.Linear, Conv1D)):
+            if getattr(getattr(module, "weight", None), "ndim", 0) == 2:  # linear layers, GPT-2's Conv1D, routers
                 handles.append(module.register_forward_pre_hook(self._hook(block, path)))
             elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
                 module.forward = self._watched(block, module, path)
@@ -90,7 +110,7 @@ class Collector:
                 module.__dict__.pop("forward", None)
 
     def _hook(self, block: Block, path: str) -> Any:
-        name, expert = block.prefix + path, None
+        name, expert = block.stored_name(path), None
         if match := EXPERT.search(name):
             name, expert = EXPERT.sub(".experts.", name), int(match[1])
         experts = _count_experts(block, path) if expert is not None else None
@@ -131,14 +151,14 @@ class Collector:
         return watched
 
     def _add(self, names: tuple[str, ...], x: Any, expert: int | None, experts: int | None) -> None:
-        import torch
-
         if self._last is None or self._last[0] is not x:  # q, k and v, gate and up look at the same input
             flat = x.detach().reshape(-1, x.shape[-1]).float()
-            absolute, squares = flat.abs().sum(0, dtype=torch.float64), flat.square().sum(0, dtype=torch.float64)
-            self._last = x, (absolute.cpu().numpy(), squares.cpu().numpy(), len(flat))
-        absolute_sum, squares_sum, count = self._last[1]
+            self._last = x, names[0], _column_sums(flat)
+            if self._observer is not None:
+                self._observer.add(names[0], flat, expert, experts)
+        _, leader, (absolute_sum, squares_sum, count) = self._last
         for name in names:
+            self.leaders[name] = leader
             if name not in self._sums:
                 self._sums[name] = _Sums(experts, x.shape[-1])
             sums, place = self._sums[name], (() if expert is None else (expert,))
@@ -154,6 +174,19 @@ def _count_experts(block: Block, path: str) -> int:
         if part == "experts":
             return len(module)
     raise AssertionError(path)
+
+
+def channel_statistics(x: torch.Tensor) -> ChannelStatistics:
+    """Statistics of inputs of shape [..., columns]."""
+    absolute, squares, count = _column_sums(x.detach().reshape(-1, x.shape[-1]).float())
+    return ChannelStatistics(absolute, squares, np.array(count))
+
+
+def _column_sums(flat: torch.Tensor) -> tuple[Float64, Float64, int]:
+    import torch
+
+    absolute, squares = flat.abs().sum(0, dtype=torch.float64), flat.square().sum(0, dtype=torch.float64)
+    return absolute.cpu().numpy(), squares.cpu().numpy(), len(flat)
 
 
 def pack(statistics: Mapping[str, ChannelStatistics]) -> dict[str, npt.NDArray[Any]]:

@@ -19,6 +19,8 @@ from ziggurat.converter.errors import CheckpointError, ConvertError, LibraryErro
 if TYPE_CHECKING:
     import torch
 
+    from ziggurat.converter.repair import Fold
+
 # Stored tensors that old checkpoints keep beside a block's weights, and transformers computes itself.
 COMPUTED = (".inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -51,6 +53,25 @@ class Block:
         if self.family.experts is not None and not hasattr(self.layer, name):
             name = self.family.experts.module
         return getattr(self.layer, name)
+
+    def stored_name(self, path: str) -> str:
+        """The name in the checkpoint of what is at `path` within transformers' module: `self_attn.q_proj`."""
+        return self.prefix + weights.stored_path(path, self.family.experts)
+
+    def fold_down(self, fold: Fold) -> None:
+        """Fold a correction into what ends the feed-forward part: a linear layer with its bias, or fused experts."""
+        import torch
+
+        family, mlp = self.family, self.mlp
+        layer = mlp.experts if family.down is None else getattr(mlp, family.down)
+        weight = layer.down_proj if family.down is None else layer.weight
+        with torch.no_grad():
+            if type(layer).__name__ == "Conv1D":  # its matrix is [columns, rows]
+                weight = weight.T
+            weight.copy_(torch.from_numpy(fold.weight(weight.float().cpu().numpy())))
+            bias = getattr(layer, "bias", None)
+            if bias is not None:
+                bias.copy_(torch.from_numpy(fold.bias(bias.float().cpu().numpy())))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states behind the block: shape [sequences, positions, n_embd] like those before it."""
@@ -123,7 +144,8 @@ class Blocks:
         self._recorders = _install_recorders(self._base, self.family.layers, self.n_layer)
         self._norm = getattr(self._base, self.family.norm)
         self._arguments: dict[tuple[int, int], list[Any]] = {}
-        self._head: tuple[Any, Any] | None = None
+        self._loaded_norm: Any = None
+        self._head: torch.Tensor | None = None
         self._place_computed()
 
     def _stored_prefix(self, base: str) -> str:
@@ -214,6 +236,18 @@ class Blocks:
         self._recorders[0].hidden = None
         return first
 
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head reads, of the hidden states behind the last block: of their shape."""
+        import torch
+
+        if self._loaded_norm is None:
+            norm = copy.deepcopy(self._norm)
+            self._load(norm, f"{self._prefix}{self.family.norm}.")
+            self._loaded_norm = norm.to(self.device)
+        with torch.no_grad():
+            normed: torch.Tensor = self._loaded_norm(hidden)
+        return normed
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the hidden states behind the last block, through the final norm.
 
@@ -228,14 +262,11 @@ class Blocks:
         import torch
 
         if self._head is None:
-            norm = copy.deepcopy(self._norm)
-            self._load(norm, f"{self._prefix}{self.family.norm}.")
             tied = bool(getattr(self._config, "tie_word_embeddings", False))
             name = self._embedding_name if tied else "lm_head.weight"
-            self._head = norm.to(self.device), weights.read(self.checkpoint, name).to(self.device)
-        norm, matrix = self._head
+            self._head = weights.read(self.checkpoint, name).to(self.device)
+        matrix, normed = self._head, self.final_norm(hidden)
         with torch.no_grad():
-            normed = norm(hidden)
             step = max(1, HEAD_BYTES // (4 * self.n_embd))
             logits = torch.cat(
                 [(normed @ matrix[i : i + step].to(self.dtype).T).float() for i in range(0, len(matrix), step)], dim=-1

@@ -21,11 +21,12 @@ import numpy.typing as npt
 
 from ziggurat.converter import activations
 from ziggurat.converter.activations import ChannelStatistics, Float64
+from ziggurat.converter.block_pass import Batches, BlockPass
 from ziggurat.converter.blocks import Block, Blocks
 from ziggurat.converter.calibration_work import WorkFolder, identity
 from ziggurat.converter.checkpoint import Checkpoint
-from ziggurat.converter.errors import CalibrationError
-from ziggurat.converter.hidden import HiddenStates, fits_memory, nbytes
+from ziggurat.converter.hidden import HiddenStates, nbytes
+from ziggurat.converter.split import batches
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,11 @@ def calibrate(
         stack.enter_context(torch_threads(settings.threads))
         folder = settings.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ziggurat-")))
         work = stack.enter_context(WorkFolder(folder / "calibration", inputs))
-        _Pass(blocks, tokens, settings, work).run(progress)
+        gathered = _Influence(tokens, settings, work)
+        progress.stage("calibration", (blocks.n_layer - work.finished) * tokens.ids.size)
+        BlockPass(blocks, tokens, gathered.windows, settings, work).run(
+            range(blocks.n_layer), gathered.visit, progress, before=gathered.before
+        )
         figures = [work.block(i) for i in range(blocks.n_layer)]
         angular = _angular(work, blocks, _sample_places(tokens, settings)) if settings.angular_tokens else None
     return Calibration(
@@ -138,118 +143,41 @@ def calibrate(
     )
 
 
-class _Pass:
-    """The pass itself: hidden states from block to block."""
+class _Influence:
+    """What is gathered of each block and of the hidden states before it."""
 
-    def __init__(
-        self, blocks: Blocks, tokens: CalibrationTokens, settings: CalibrateSettings, work: WorkFolder
-    ) -> None:
-        self._blocks, self._tokens, self._settings, self._work = blocks, tokens, settings, work
-        sequences, positions = tokens.ids.shape
-        self._shape = sequences, positions, blocks.n_embd
-        self._in_memory = fits_memory(self._shape, settings.memory_share)
-        self._batches = batches(sequences, positions, settings.batch_tokens)
+    def __init__(self, tokens: CalibrationTokens, settings: CalibrateSettings, work: WorkFolder) -> None:
+        self._tokens, self._work = tokens, work
+        self.windows = batches(tokens.ids.shape[0], tokens.ids.shape[1], settings.batch_tokens)
         self._places = _sample_places(tokens, settings)
+        self._collector = activations.Collector()
 
-    def run(self, progress: CalibrationProgress) -> None:
-        """Go through the blocks that are not finished."""
-        n_layer, work = self._blocks.n_layer, self._work
-        progress.stage("calibration", (n_layer - work.finished) * self._tokens.ids.size)
-        if work.finished == n_layer:
-            return
-        hidden = self._first()
-        collector = activations.Collector()
-        for index in range(work.finished, n_layer):
-            block = self._blocks.block(index)
-            target = hidden if self._in_memory else HiddenStates(self._shape, work.partial_path())
-            with collector.watching(block):
-                influence = self._through(block, hidden, target, progress)
-            del block  # before the next one is read
-            self._keep(target, index + 1)
-            arrays = {"influence": np.array(influence), **activations.pack(collector.take())}
-            work.finish(index, arrays, keep=self._settings.keep_hidden)
-            hidden = target
-
-    def _first(self) -> HiddenStates:
-        """Hidden states before the first block that is not finished."""
-        index, work = self._work.finished, self._work
-        stored = work.hidden_path(index)
-        if index == 0:
-            hidden = HiddenStates(self._shape, None if self._in_memory else work.partial_path())
-            embed(self._blocks, self._tokens, hidden, self._batches)
-            self._keep(hidden, 0)
-            return hidden
-        old = HiddenStates(self._shape, stored, create=False)
-        if not self._in_memory:
-            return old
-        hidden = HiddenStates(self._shape)
-        for start, stop in self._batches:
-            hidden.write(start, old.read(start, stop))
-        return hidden
-
-    def _through(
-        self, block: Block, source: HiddenStates, target: HiddenStates, progress: CalibrationProgress
-    ) -> float:
-        """Send all sequences through a block; its influence."""
+    def visit(self, block: Block, passing: Batches) -> dict[str, npt.NDArray[Any]]:
+        """Influence and channel statistics of a block."""
         total = 0.0
-        for start, stop in self._batches:
-            before = source.read(start, stop).to(self._blocks.device, self._blocks.dtype)
-            behind = block(before)
-            check_finite(behind, block.index, start)
-            total += float((1 - _cosines(before, behind)).sum())
-            target.write(start, behind)
-            progress.step((stop - start) * self._shape[1], f"block {block.index}")
-        return total / self._tokens.ids.size
+        with self._collector.watching(block):
+            for _, before, behind in passing:
+                total += float((1 - _cosines(before, behind)).sum())
+        influence = total / self._tokens.ids.size
+        return {"influence": np.array(influence), **activations.pack(self._collector.take())}
 
-    def _keep(self, hidden: HiddenStates, index: int) -> None:
-        """Save the hidden states before block `index`, and the sample of them."""
-        settings = self._settings
+    def before(self, index: int, hidden: HiddenStates) -> None:
+        """Save the sample of the hidden states before block `index`."""
         if len(self._places):
             self._work.write_sample(index, self._sample(hidden))
-        if settings.work is not None or not self._in_memory:
-            hidden.save(self._work.hidden_path(index))
 
     def _sample(self, hidden: HiddenStates) -> npt.NDArray[np.float32]:
         """The sampled tokens' hidden states at unit length: shape [samples, n_embd]."""
         import torch
 
-        positions, parts = self._shape[1], []
-        for start, stop in self._batches:
+        positions, parts = hidden.shape[1], []
+        for start, stop in self.windows:
             inside = self._places[(self._places >= start * positions) & (self._places < stop * positions)]
             if len(inside):
                 flat = hidden.read(start, stop).flatten(0, 1)
                 chosen = flat[torch.from_numpy(inside - start * positions)].double()
                 parts.append((chosen / chosen.norm(dim=-1, keepdim=True).clamp_min(1e-30)).float().numpy())
         return np.concatenate(parts)
-
-
-def embed(blocks: Blocks, tokens: CalibrationTokens, hidden: HiddenStates, windows: list[tuple[int, int]]) -> None:
-    """Fill hidden states with those before the first block."""
-    import torch
-
-    for start, stop in windows:
-        hidden.write(start, blocks.embed(torch.from_numpy(tokens.ids[start:stop].astype(np.int64))))
-
-
-def batches(sequences: int, positions: int, batch_tokens: int) -> list[tuple[int, int]]:
-    """First and behind-the-last sequence of each batch."""
-    step = max(1, batch_tokens // positions)
-    return [(start, min(start + step, sequences)) for start in range(0, sequences, step)]
-
-
-def check_finite(hidden: torch.Tensor, block: int, sequence: int) -> None:
-    """Refuse hidden states that are no numbers.
-
-    Raises:
-        CalibrationError: there are NaN or infinite values behind `block` in the sequences from `sequence` on.
-    """
-    import torch
-
-    if not bool(torch.isfinite(hidden).all()):
-        raise CalibrationError(
-            f"block {block} gives NaN or infinite values on the calibration text (sequence {sequence} or one of its "
-            "batch): the checkpoint is damaged, or computed in too narrow a type; download it again"
-        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ziggurat.converter.display import Display, duration_text, size_text
+from ziggurat.converter.display import Display, duration_text, fitted_text, size_text
 from ziggurat.converter.errors import ConvertError
 from ziggurat.converter.prune import CRITERIA, prune_settings
 from ziggurat.converter.prune_display import ReportOptions, removed_text, show_prune_report
@@ -38,9 +38,18 @@ from ziggurat.converter.report import Report
     help="Quantization recipe, as llama.cpp names it.",
 )
 @click.option(
-    "--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix in llama.cpp's GGUF form."
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Importance matrix in llama.cpp's GGUF form; default: gathered on the calibration text.",
 )
 @click.option("--no-imatrix", is_flag=True, help="Quantize without an importance matrix.")
+@click.option(
+    "--export-imatrix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the gathered importance matrix too.",
+)
 @click.option("--no-awq", is_flag=True, help="Quantize without activation-aware scales.")
 @click.option("--prune", metavar="N|N%", help="Remove this many blocks, or this share of them, and repair the rest.")
 @click.option("--prune-blocks", metavar="LIST", help="Remove these blocks, counted from 0: 5,8-10.")
@@ -85,7 +94,8 @@ from ziggurat.converter.report import Report
 @click.option("--verbose", "-v", is_flag=True, help="Show what the libraries log.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
 def convert(  # noqa: PLR0913 - one parameter per option
-    model: str, out: Path | None, type_name: str, imatrix: Path | None, no_imatrix: bool, no_awq: bool,
+    model: str, out: Path | None, type_name: str, imatrix: Path | None, no_imatrix: bool,
+    export_imatrix: Path | None, no_awq: bool,
     prune: str | None, prune_blocks: str | None, prune_by: str | None, no_repair: bool, prune_report: bool,
     plot: Path | None, calibration: Path | None, calibration_tokens: int, calibration_sequence: int, seed: int,
     device: str, pre: str | None, name: str | None, report: Path | None, threads: int | None, force: bool,
@@ -115,7 +125,8 @@ def convert(  # noqa: PLR0913 - one parameter per option
             show_prune_report(console, how)
             return
         settings = ConvertSettings(
-            type=type_name.lower(), imatrix=imatrix, pre=pre, name=name, threads=threads, report=report, force=force,
+            type=type_name.lower(), imatrix=imatrix, gather_imatrix=not no_imatrix, export_imatrix=export_imatrix,
+            awq=not no_awq, pre=pre, name=name, threads=threads, report=report, force=force,
             ignore_code=ignore_code, prune=prune_settings(prune, prune_blocks, prune_by, repair=not no_repair),
             calibration=text, device=device,
         )  # fmt: skip
@@ -214,6 +225,8 @@ def _print_report(console: Console, report: Report) -> None:
     console.print(table)
     if report.prune is not None:
         console.print(removed_text(report.prune), soft_wrap=True)
+    if report.calibration is not None:
+        console.print(fitted_text(report.calibration, report.importance), soft_wrap=True)
     pre = f", pre-tokenizer {report.pre_tokenizer}" if report.pre_tokenizer else ""
     console.print(
         f"{report.output}: {report.name or report.architecture}, {report.type}, {size_text(report.output_bytes)}, "

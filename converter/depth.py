@@ -79,10 +79,19 @@ class Measuring:
         return repair_pass.cut(blocks, self.tokens, removed, self.settings, how, self.progress)
 
 
-def prune(
-    checkpoint: Checkpoint, plan: Plan, settings: PruneSettings, measuring: Measuring
-) -> tuple[Plan, PruneRecord]:
-    """Take blocks out of `plan`, the plan of the whole checkpoint; the record is part of its metadata then.
+@dataclass(frozen=True)
+class Pruned:
+    """A plan without some blocks."""
+
+    plan: Plan
+    """The record is part of its metadata."""
+    record: PruneRecord
+    folds: Mapping[int, Fold]
+    """Repair that is in the plan, by block of the checkpoint."""
+
+
+def prune(checkpoint: Checkpoint, plan: Plan, settings: PruneSettings, measuring: Measuring) -> Pruned:
+    """Take blocks out of `plan`, the plan of the whole checkpoint.
 
     Raises:
         PruneError: the family does not stand it or cannot be repaired, or the blocks asked for cannot go.
@@ -109,11 +118,12 @@ def prune(
         calibration_tokens=measuring.tokens.ids.size if measured else None,
     )  # fmt: skip
     places = surgery.renumber(n_layer, removed)
-    return Plan(
+    cut = Plan(
         plan.arch,
         {**plan_without.metadata, **done.metadata()},
         [_folded(tensor, {places[i]: fold for i, fold in folds.items()}) for tensor in plan_without.tensors],
-    ), done
+    )
+    return Pruned(cut, done, folds)
 
 
 def _repair(repaired: Repaired) -> tuple[RepairRecord, Mapping[int, Fold]]:

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from ziggurat.converter.report import Estimate
+from ziggurat.converter.tuning_record import CalibrationRecord, ImportanceRecord
 
 # Without a terminal, a line of progress this often.
 LINE_SECONDS = 10.0
@@ -31,8 +32,9 @@ class Display:
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), Speed(),
             TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
-        self._bytes_per_parameter = 0.0
+        self._source_bytes, self._bytes_per_parameter = 0, 0.0
         self._task: TaskID | None = None
+        self._writing = False
         self._begin("", 0.0)
 
     def __enter__(self) -> Display:
@@ -42,17 +44,20 @@ class Display:
         self._bar.stop()
 
     def planned(self, estimate: Estimate) -> None:
-        """Show the estimate and start counting."""
+        """Show the estimate."""
         self._console.print(
             f"{estimate.architecture}, {estimate.parameters / 1e6:.1f} M parameters: "
             f"{size_text(estimate.source_bytes)} to {size_text(estimate.output_bytes)}, "
             f"about {duration_text(estimate.seconds)}, {size_text(estimate.memory_bytes)} of memory", soft_wrap=True,
         )  # fmt: skip
+        self._source_bytes = estimate.source_bytes
         self._bytes_per_parameter = estimate.source_bytes / max(estimate.parameters, 1)
-        self._begin("", float(estimate.source_bytes))
 
     def advance(self, parameters: int, tensor: str) -> None:
         """Count what is in the file."""
+        if not self._writing:
+            self._begin("", float(self._source_bytes))
+            self._writing = True
         self._count(parameters * self._bytes_per_parameter, tensor, "MB/s", 1e6)
 
     def stage(self, name: str, total: int) -> None:
@@ -66,7 +71,7 @@ class Display:
         self._count(count, f"{self._name}, {what}", "tokens/s per block", 1)
 
     def _begin(self, name: str, total: float) -> None:
-        self._name, self._total, self._done = name, total, 0.0
+        self._name, self._total, self._done, self._writing = name, total, 0.0, False
         self._start = self._last_line = time.monotonic()
         if self._task is not None:
             self._bar.remove_task(self._task)
@@ -102,3 +107,17 @@ def duration_text(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+
+
+def fitted_text(calibration: CalibrationRecord, importance: ImportanceRecord | None) -> str:
+    """One line about what the quantization was fitted on."""
+    text = f"calibrated on {calibration.tokens} tokens of {calibration.source} (sha256 {calibration.sha256[:12]})"
+    if importance is None:
+        return text
+    text += f": importance matrix of {importance.tensors} tensors"
+    if importance.unrouted:
+        count = sum(len(experts) for experts in importance.unrouted.values())
+        first, experts = next(iter(importance.unrouted.items()))
+        named = f"{', '.join(map(str, experts[:4]))}{', …' if len(experts) > 4 else ''} of {first}"
+        text += f"; {count} matrices of experts that no token came to have the others' mean ({named}, …)"
+    return text

@@ -70,7 +70,8 @@ def find(checkpoint: Checkpoint) -> Family:
     if family is None:
         raise UnsupportedModelError(
             f"{checkpoint.folder}: blocks of {checkpoint.architecture} cannot be computed one at a time, only those of "
-            f"{', '.join(FAMILIES)}: convert it without calibration and pruning, or add it to the table of families "
-            "with a test that compares its hidden states with those of transformers"
+            f"{', '.join(FAMILIES)}: convert it with --no-awq --no-imatrix, or with --imatrix FILE --no-awq, and "
+            "without pruning; or add it to the table of families with a test that compares its hidden states with "
+            "those of transformers"
         )
     return family

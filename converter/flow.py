@@ -15,24 +15,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ziggurat.converter.block_pass import check_finite, embed
 from ziggurat.converter.blocks import Block, Blocks
-from ziggurat.converter.calibrate import (
-    CalibrateSettings,
-    CalibrationProgress,
-    batches,
-    check_finite,
-    embed,
-    torch_threads,
-)
+from ziggurat.converter.calibrate import CalibrateSettings, CalibrationProgress, torch_threads
 from ziggurat.converter.calibration_text import CalibrationTokens
 from ziggurat.converter.calibration_work import WorkFolder
-from ziggurat.converter.errors import CalibrationError
 from ziggurat.converter.hidden import HiddenStates, Shape, fits_memory
+from ziggurat.converter.split import split
 
 if TYPE_CHECKING:
     import torch
-
-HELD_OUT = 0.2
 
 # Tokens whose logits are held at a time.
 LOGIT_TOKENS = 256
@@ -59,16 +51,11 @@ class Flow:
         Raises:
             CalibrationError: there are not two sequences.
         """
-        sequences, positions = tokens.ids.shape
-        held_out = _held_out(sequences)
-        order = np.concatenate([np.setdiff1d(np.arange(sequences), held_out), held_out])
-        self._ids = CalibrationTokens(np.ascontiguousarray(tokens.ids[order]), tokens.source)
-        first = sequences - len(held_out)
-        self.fit = batches(first, positions, settings.batch_tokens)
-        self.held_out = [(first + a, first + b) for a, b in batches(len(held_out), positions, settings.batch_tokens)]
+        parts = split(tokens, settings.batch_tokens)
+        self._ids, self.fit, self.held_out = parts.tokens, parts.fit, parts.held_out
         self.blocks, self.tokens, self._progress = blocks, tokens.ids.size, progress
-        self._shape = sequences, positions, blocks.n_embd
-        whole = (copies * sequences, positions, blocks.n_embd)
+        self._shape = *tokens.ids.shape, blocks.n_embd
+        whole = (copies * self._shape[0], *self._shape[1:])
         self._memory_share, self._folder, self._made = settings.memory_share, folder, 0
         self._in_memory = fits_memory(whole, settings.memory_share)
 
@@ -177,14 +164,3 @@ def flow(
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ziggurat-")))
         yield Flow(blocks, tokens, settings, folder, progress, copies)
-
-
-def _held_out(sequences: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Which sequences are held out."""
-    if sequences < 2:
-        raise CalibrationError(
-            "pruning needs at least two sequences of calibration tokens, one to solve on and one to judge by: give "
-            "more text or a smaller sequence length"
-        )
-    count = min(max(1, round(HELD_OUT * sequences)), sequences - 1)
-    return ((np.arange(count) + 0.5) * sequences / count).astype(np.int64)

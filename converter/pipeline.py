@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter import depth, hub, quantize, recipes, surgery, upstream
+from ziggurat.converter import depth, fitting, hub, quantize, recipes, surgery, upstream
 from ziggurat.converter.calibrate import CalibrateSettings
 from ziggurat.converter.calibration_text import TextSettings
 from ziggurat.converter.calibration_work import discard
@@ -35,6 +35,12 @@ class ConvertSettings:
     """A key of `recipes.FTYPES`."""
     imatrix: Path | None = None
     """Importance matrix in llama.cpp's GGUF form."""
+    gather_imatrix: bool = True
+    """Gather one on the calibration text where there is no such file."""
+    export_imatrix: Path | None = None
+    """Where to write the gathered one too, in llama.cpp's GGUF form."""
+    awq: bool = True
+    """Search activation-aware scales on the calibration text."""
     pre: str | None = None
     """Pre-tokenizer name to write instead of the recognized one."""
     name: str | None = None
@@ -115,25 +121,49 @@ def convert(
         kind = plan.value("tokenizer.ggml.model")
         raise TokenizerError(f"a tokenizer of the kind {kind!r} has no pre-tokenizer to name: leave --pre out")
     _check_importance(plan, importance)
+    wanted = _fit_settings(settings)
+    if wanted.needed:
+        fitting.check(checkpoint)
     threads = settings.threads or len(os.sched_getaffinity(0))
-    types = recipes.choose(plan, settings.type, imatrix=importance)
-    work, record = work_folder(out), None
-    if settings.prune is not None:
-        shape, n_layer = plan.model_shape(), surgery.block_count(plan)
-        calibrate = CalibrateSettings(device=settings.device, threads=settings.threads, work=work)
-        measuring = depth.Measuring(checkpoint, settings.calibration, calibrate, progress)
-        plan, record = depth.prune(checkpoint, plan, settings.prune, measuring)
-        if importance is not None:
-            importance = surgery.renumber_keys(importance, n_layer, record.blocks)
-        types = recipes.choose(plan, settings.type, imatrix=importance, shape=shape)
-    layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
+    work, shape = work_folder(out), plan.model_shape()
+    calibrate = CalibrateSettings(device=settings.device, threads=settings.threads, work=work)
+    measuring = depth.Measuring(checkpoint, settings.calibration, calibrate, progress)
 
-    with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:
+    def choose_types(removed: tuple[int, ...] = ()) -> list[int]:
+        names = fitting.importance_names(checkpoint, plan, removed) if wanted.importance else importance
+        return recipes.choose(plan, settings.type, imatrix=names, shape=shape)
+
+    types, pruned = choose_types(), None
+    if settings.prune is not None:
+        n_layer = surgery.block_count(plan)
+        pruned = depth.prune(checkpoint, plan, settings.prune, measuring)
+        plan = pruned.plan
+        if importance is not None:
+            importance = surgery.renumber_keys(importance, n_layer, pruned.record.blocks)
+        types = choose_types(pruned.record.blocks)
+
+    def planned(file: GGUFFile) -> None:
         file.write_header()
         check_loadable(file.partial)
-        progress.planned(
-            estimate(plan, types, file.sizes, checkpoint.nbytes, threads=threads, weighted=importance is not None)
-        )
+        weighted = wanted.importance or importance is not None
+        expected = estimate(plan, types, file.sizes, checkpoint.nbytes, threads=threads, weighted=weighted)
+        progress.planned(fitting.add_cost(expected, plan, measuring) if wanted.needed else expected)
+
+    layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
+    fitted = None
+    if wanted.needed:
+        with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:  # what it refuses, it refuses now
+            planned(file)
+        removed, folds = ((), {}) if pruned is None else (pruned.record.blocks, pruned.folds)
+        fitted = fitting.fit(plan, wanted, measuring, removed=removed, folds=folds)
+        plan = fitted.plan
+        if fitted.importance is not None:
+            importance = fitted.importance
+    with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:
+        if fitted is None:
+            planned(file)
+        else:
+            file.write_header()
         with contextlib.closing(quantize.stream(plan.tensors, types, threads=threads, importance=importance)) as slabs:
             for slab in slabs:
                 file.write(slab.data)
@@ -157,7 +187,9 @@ def convert(
         seconds=time.perf_counter() - start,
         threads=threads,
         peak_memory_bytes=peak_memory_bytes(),
-        prune=record,
+        prune=None if pruned is None else pruned.record,
+        calibration=None if fitted is None else fitted.calibration,
+        importance=None if fitted is None else fitted.record,
     )
     if settings.report is not None:
         write_json(settings.report, report.to_json())
@@ -169,6 +201,16 @@ def work_folder(out: Path) -> Path:
     return real(out).with_name(f".{real(out).name}.work")
 
 
+def _fit_settings(settings: ConvertSettings) -> fitting.FitSettings:
+    """What is to be measured; nothing for a file of floats."""
+    quantized = settings.type not in recipes.FLOAT_TYPES
+    return fitting.FitSettings(
+        importance=settings.gather_imatrix and settings.imatrix is None and quantized,
+        awq=settings.awq and quantized,
+        export=settings.export_imatrix,
+    )
+
+
 def _check_outputs(out: Path, settings: ConvertSettings) -> None:
     """Refuse places where the model or the report cannot or should not be written."""
     check_target(out, force=settings.force)
@@ -176,6 +218,16 @@ def _check_outputs(out: Path, settings: ConvertSettings) -> None:
         check_target(settings.report, force=True, special=True)
         if settings.report.resolve() == out.resolve():
             raise OutputError(f"{out} cannot be the report as well: name another file")
+    if settings.export_imatrix is not None:
+        if settings.imatrix is not None or not settings.gather_imatrix or settings.type in recipes.FLOAT_TYPES:
+            raise ConvertError(
+                "--export-imatrix has nothing to export: leave out --imatrix and --no-imatrix, and take a quantized "
+                "--type"
+            )
+        check_target(settings.export_imatrix, force=settings.force)
+        for other in (out, settings.report):
+            if other is not None and settings.export_imatrix.resolve() == other.resolve():
+                raise OutputError(f"{other} cannot be the importance matrix as well: name another file")
 
 
 def _check_names(settings: ConvertSettings) -> None:

@@ -29,7 +29,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             return
         found = f"{other} is of type {checkpoint.tensors[other].dtype}"
     raise UnsupportedModelError(
-        f"{checkpoint.folder} cannot be calibrated: {found}; give the original checkpoint, the one before quantization"
+        f"{checkpoint.folder} cannot be calibrated: {found}; give the original checkpoint, the one before "
+        "quantization, or convert this with --no-awq --no-imatrix, or with --imatrix FILE --no-awq"
     )
 
 
@@ -122,12 +123,19 @@ def _sources(checkpoint: Checkpoint, prefix: str, name: str, experts: Experts | 
     inner = name.removeprefix("mlp.")
     fused = {"experts.gate_up_proj": (experts.gate, experts.up), "experts.down_proj": (experts.down,)}
     if inner not in fused:
-        return [[f"{prefix}{experts.module}.{inner}" if name.startswith("mlp.") else stored]]
+        return [[prefix + stored_path(name, experts)]]
     place = f"{prefix}{experts.module}.experts."
     groups: list[list[str]] = []
     while f"{place}{len(groups)}.{experts.down}.weight" in checkpoint.tensors:
         groups.append([f"{place}{len(groups)}.{part}.weight" for part in fused[inner]])
     return groups or [[stored]]
+
+
+def stored_path(path: str, experts: Experts | None) -> str:
+    """What the checkpoint calls `path` within a block: old ones have another name for a mixture than transformers."""
+    if experts is None or not path.startswith("mlp."):
+        return path
+    return f"{experts.module}.{path.removeprefix('mlp.')}"
 
 
 def _assemble(

@@ -112,7 +112,10 @@ class GGUFFile:
         from llama_cpp import _gguf as gguf
 
         _remove_abandoned(self.path)
-        free = shutil.disk_usage(self.partial.parent).free
+        try:
+            free = shutil.disk_usage(self.partial.parent).free
+        except OSError as e:
+            raise self._write_error(e) from e
         if free < self.data_bytes:
             raise OutputError(
                 f"{self.partial.parent} has {free / 1e6:.1f} MB free, {self.path.name} needs "

@@ -48,7 +48,7 @@ def main() -> None:
         work = Path(name)
         write_model(work / "model", "1b")
         ours = [sys.executable, "-m", "ziggurat.converter", str(work / "model"), str(work / "ours.gguf"), "--force",
-                "--type", options.type, "--threads", str(threads)]  # fmt: skip
+                "--type", options.type, "--threads", str(threads), "--no-awq", "--no-imatrix"]  # fmt: skip
         theirs = (
             [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(work / "model"), "--outtype", "f16", "--outfile",
              str(work / "f16.gguf")],
