@@ -50,6 +50,20 @@ class _Tensor(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char_p), ("type", ctypes.c_int32), ("ne", ctypes.c_int64 * 4)]
 
 
+class _Traits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml.h."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What llama.cpp's recipes look at besides tensor names and shapes; `n_head_kv` and `n_ff` are those of block 0."""
@@ -108,6 +122,8 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     base.ggml_type_name.restype = ctypes.c_char_p
     base.ggml_row_size.argtypes = [ctypes.c_int, i64]
     base.ggml_row_size.restype = ctypes.c_size_t
+    base.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    base.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     return base, llama
 
 
@@ -158,6 +174,26 @@ def quantize_rows(
     assert written == out.nbytes
     if not base.ggml_validate_row_data(type_id, out.ctypes.data, out.nbytes):
         raise QuantizeError("quantizing it gives non-finite scales")
+
+
+def dequantize_rows(type_id: int, packed: npt.NDArray[np.uint8], columns: int) -> npt.NDArray[np.float32]:
+    """What quantized rows stand for: ggml's own reading of them.
+
+    Args:
+        type_id: a quantized ggml type.
+        packed: rows as `quantize_rows` makes them, any shape of n * row_bytes(type_id, columns) bytes.
+        columns: values of a row.
+
+    Returns:
+        Shape [n, columns].
+    """
+    packed = np.ascontiguousarray(packed)
+    rows, left = divmod(packed.nbytes, row_bytes(type_id, columns))
+    assert left == 0
+    out = np.empty((rows, columns), np.float32)
+    traits = _libraries()[0].ggml_get_type_traits(type_id).contents
+    traits.to_float(packed.ctypes.data, out.ctypes.data, out.size)  # blocks are self-contained: rows need no loop
+    return out
 
 
 def recipe_types(
