@@ -2,17 +2,19 @@
 
 For the reference model and its outlier twin (tests/models/outliers.py), at each type: llama-imatrix and llama-quantize,
 and `convert` plain, with the importance matrix, with AWQ, with both (its default), and with types mixed under the size
-of llama.cpp's file. All are calibrated on the same token sequences; that both programs cut them out of their text files
-is verified. Compared with the model in F32 by `ziggurat eval`: perplexity, mean KL divergence, share of tokens whose
-likeliest successor stays. Differences of divergence to llama.cpp's file are taken chunk by chunk: the standard error is
-that of their mean. With --weights also the divergence of the weights alone, of files turned back to F32: llama.cpp's
-CPU kernels round the activations that meet a quantized matrix to 8 bits, 32 or 256 of them to one scale.
+of llama.cpp's file; also llama-quantize with the matrix that `convert` exports, which has more than llama-imatrix's.
+All are calibrated on the same token sequences; that both programs cut them out of their text files is verified.
+
+Compared with the model in F32 by `ziggurat eval`: perplexity, mean KL divergence, share of tokens whose likeliest
+successor stays. Differences of divergence to llama.cpp's file are taken chunk by chunk: the standard error is that of
+their mean. With --weights also the divergence of the weights alone, of files turned back to F32: llama.cpp's CPU
+kernels round the activations that meet a quantized matrix to 8 bits, 32 or 256 of them to one scale.
 
 The starting file of the chain is `convert --type bf16`, whose tensors are those of convert_hf_to_gguf.py
 (tests/converter/test_identity.py); that script does not know the reference model's vocabulary. The last line is JSON.
 
 usage: python tests/benchmarks/quant_quality.py --tools DIR --texts DIR [--json FILE] [--plot FILE.png] [--weights]
-           [--types q4_0 ...] [--models reference twin] [--tokens 16384] [--threads 1]
+           [--types q4_0 ...] [--variants plain ...] [--models reference twin] [--tokens 16384] [--threads 1]
 DIR of --tools holds llama-imatrix and llama-quantize, built from the pinned source distribution; DIR of --texts the
 texts of tests/reference_model/README.md.
 """
@@ -36,13 +38,14 @@ from texts import MODEL, calibration_pieces, held_out_text
 
 TYPES = ("q4_0", "q4_k_s", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
 SEQUENCE, OUTLIER_SHARE = 512, 0.03
-THEIRS, DEFAULT, MIX = "llama.cpp", "AWQ + imatrix", "mix"
-VARIANTS: dict[str, tuple[str, ...]] = {
+THEIRS, THEIRS_OUR_MATRIX, DEFAULT, MIX = "llama.cpp", "llama.cpp, our matrix", "AWQ + imatrix", "mix"
+RECIPES: dict[str, tuple[str, ...]] = {
     "plain": ("--no-awq", "--no-imatrix"),
     "imatrix": ("--no-awq",),
     "AWQ": ("--no-imatrix",),
     DEFAULT: (),
 }
+VARIANTS = (THEIRS, THEIRS_OUR_MATRIX, *RECIPES, MIX)
 MODELS = {"reference": "the reference model", "twin": "its outlier twin"}
 
 
@@ -55,6 +58,7 @@ class Bench:
     tokens: int
     threads: int
     weights: bool
+    variants: tuple[str, ...]
 
     @property
     def calibration(self) -> tuple[object, ...]:
@@ -92,7 +96,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Bench:
     (folder / "marked.txt").write_text("<|begin_of_text|>".join(pieces), encoding="utf-8")
     (folder / "held-out.txt").write_text(held_out_text(options.texts, None), encoding="utf-8")
     chain = Chain(options.tools, options.threads)
-    bench = Bench(chain, folder, len(pieces) * SEQUENCE, options.threads, options.weights)
+    bench = Bench(chain, folder, len(pieces) * SEQUENCE, options.threads, options.weights, tuple(options.variants))
     (folder / "reference").symlink_to(MODEL)
     script = MODEL.parent / "models" / "outliers.py"
     run(sys.executable, script, MODEL, folder / "twin", "--share", OUTLIER_SHARE)
@@ -123,21 +127,30 @@ def check_same_tokens(model: Path, folder: Path) -> None:
 
 def measure(bench: Bench, model: str, type_name: str) -> Iterator[dict[str, Any]]:
     """Rows of all variants at a type, llama.cpp's first."""
-    half, out = bench.folder / f"{model}-bf16.gguf", bench.folder / "quantized.gguf"
-    run(*bench.chain.quantize(half, out, type_name, bench.folder / f"{model}-imatrix.gguf"))
-    theirs = bench.quality(model, out)
-    yield {"model": model, "type": type_name, "variant": THEIRS, **theirs}
-    asked = {name: ("--type", type_name, *options) for name, options in VARIANTS.items()}
-    asked[MIX] = ("--size", str(theirs["bytes"]))
-    for name, options in asked.items():
-        convert(bench.folder / model, out, *bench.calibration, *options)
+    out = bench.folder / "quantized.gguf"
+    theirs: dict[str, Any] = {}
+    for name in (THEIRS, *(name for name in bench.variants if name != THEIRS)):
+        make(bench, model, type_name, name, out, theirs.get("bytes", 0))
         found = bench.quality(model, out)
         row = {"model": model, "type": type_name, "variant": name, **found}
-        row["kl_less"], row["kl_less_se"] = paired(theirs["kl_by_chunk"], found["kl_by_chunk"])
-        if bench.weights:
-            by_chunk = theirs["weights_kl_by_chunk"], found["weights_kl_by_chunk"]
-            row["weights_kl_less"], row["weights_kl_less_se"] = paired(*by_chunk)
+        theirs = theirs or row
+        for kind in ("kl", "weights_kl") if bench.weights else ("kl",):
+            by_chunk = f"{kind}_by_chunk"
+            row[f"{kind}_less"], row[f"{kind}_less_se"] = paired(theirs[by_chunk], row[by_chunk])
         yield row
+
+
+def make(bench: Bench, model: str, type_name: str, variant: str, out: Path, size: int) -> None:
+    """Write the file of a variant; `size` is that of llama.cpp's, in bytes."""
+    folder, exported = bench.folder, bench.folder / f"{model}-exported.gguf"
+    if variant in (THEIRS, THEIRS_OUR_MATRIX):
+        if variant == THEIRS_OUR_MATRIX and not exported.exists():
+            convert(folder / model, out, *bench.calibration, "--no-awq", "--export-imatrix", exported)
+        matrix = folder / f"{model}-imatrix.gguf" if variant == THEIRS else exported
+        run(*bench.chain.quantize(folder / f"{model}-bf16.gguf", out, type_name, matrix))
+        return
+    how = ("--size", size) if variant == MIX else ("--type", type_name, *RECIPES[variant])
+    convert(folder / model, out, *bench.calibration, *how)
 
 
 def paired(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float]:
@@ -149,32 +162,45 @@ def paired(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """The figures as Markdown."""
     lines = []
-    names = [THEIRS, *VARIANTS, MIX]
     for model in dict.fromkeys(row["model"] for row in rows):
-        by_type: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         for row in rows:
             if row["model"] == model:
-                by_type.setdefault(row["type"], {})[row["variant"]] = row
-        lines += [f"KLD, {MODELS[model]}:", ""]
-        lines += [f"| type | MB | {' | '.join(names)} | default less by | mix less by |", "| --- " * 10 + "|"]
-        for type_name, found in by_type.items():
-            cells = [f"{found[name]['kl_divergence']:.4f}" for name in names]
-            gains = [less(found[name], found[THEIRS]) for name in (DEFAULT, MIX)]
-            lines.append(f"| {type_name} | {found[THEIRS]['bytes'] / 1e6:.2f} | {' | '.join([*cells, *gains])} |")
-        lines += ["", "| type | perplexity: llama.cpp | default | mix | same top: llama.cpp | default | mix |"]
-        lines.append("| --- " * 7 + "|")
-        for type_name, found in by_type.items():
-            three = [found[name] for name in (THEIRS, DEFAULT, MIX)]
-            cells = [f"{row['perplexity']:.2f}" for row in three] + [f"{row['top1_agreement']:.1%}" for row in three]
-            lines.append(f"| {type_name} | {' | '.join(cells)} |")
-        lines.append("")
+                found.setdefault(row["type"], {})[row["variant"]] = row
+        lines += [f"KLD, {MODELS[model]}:", "", *divergences(found, "kl"), ""]
+        if "weights_kl_divergence" in rows[0]:
+            lines += [f"KLD of the weights alone, {MODELS[model]}:", "", *divergences(found, "weights_kl"), ""]
+        lines += [f"Perplexity and same top token, {MODELS[model]}:", "", *others(found), ""]
     return "\n".join(lines).rstrip()
 
 
-def less(row: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """The gain over llama.cpp with its standard error, as shares of llama.cpp's divergence."""
-    of = theirs["kl_divergence"]
-    return f"{row['kl_less'] / of:.0%} ± {row['kl_less_se'] / of:.0%}"
+def divergences(found: dict[str, dict[str, Any]], kind: str) -> list[str]:
+    """A table of divergences by type, and how much less ours have, as shares of llama.cpp's."""
+    names = list(next(iter(found.values())))
+    ours = [name for name in (DEFAULT, MIX) if name in names]
+    lines = heading(["type", "MB", *names, *(f"{name}: less by" for name in ours)])
+    for type_name, row in found.items():
+        of = row[THEIRS][f"{kind}_divergence"]
+        cells = [f"{row[name][f'{kind}_divergence']:.4f}" for name in names]
+        cells += [f"{row[name][f'{kind}_less'] / of:.1%} ± {row[name][f'{kind}_less_se'] / of:.1%}" for name in ours]
+        lines.append(f"| {type_name} | {row[THEIRS]['bytes'] / 1e6:.2f} | {' | '.join(cells)} |")
+    return lines
+
+
+def others(found: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of perplexity and of how often the likeliest token stays."""
+    names = [name for name in (THEIRS, DEFAULT, MIX) if name in next(iter(found.values()))]
+    lines = heading(["type", *(f"perplexity, {name}" for name in names), *(f"same top, {name}" for name in names)])
+    for type_name, row in found.items():
+        cells = [f"{row[name]['perplexity']:.2f}" for name in names]
+        cells += [f"{row[name]['top1_agreement']:.1%}" for name in names]
+        lines.append(f"| {type_name} | {' | '.join(cells)} |")
+    return lines
+
+
+def heading(names: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -185,11 +211,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5.5 * len(models), 4), layout="constrained")
     colours = {"plain": "#999999", THEIRS: "#cc6677", DEFAULT: "#4477aa", MIX: "#228833"}
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        for name, colour in colours.items():
+        for name in (name for name in colours if any(row["variant"] == name for row in rows)):
             line = sorted((r["bytes"] / 1e6, r["kl_divergence"], r["type"]) for r in rows
                           if (r["model"], r["variant"]) == (model, name))  # fmt: skip
             sizes, values, types = zip(*line, strict=True)
-            axes.plot(sizes, values, "o-", color=colour, label=name, markersize=4)
+            axes.plot(sizes, values, "o-", color=colours[name], label=name, markersize=4)
             if name == THEIRS:
                 for at in zip(types, sizes, values, strict=True):
                     axes.annotate(at[0], at[1:], (3, 5), textcoords="offset points", fontsize=7)
@@ -207,6 +233,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--weights", action="store_true", help="also measure the weights alone")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=1)
@@ -217,7 +244,7 @@ def main() -> None:
         for model in options.models:
             for type_name in options.types:
                 for row in measure(bench, model, type_name):
-                    rows.append(row)
+                    rows.append({key: value for key, value in row.items() if not key.endswith("_by_chunk")})
                     figures = f"{row['bytes']} bytes, KLD {row['kl_divergence']:.5f} ± {row['kl_divergence_se']:.5f}"
                     print(f"{model} {type_name} {row['variant']}: {figures}", flush=True)
     print(tables(rows))
