@@ -13,26 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-MODEL = HERE.parent / "reference_model"
-sys.path.insert(0, str(MODEL))
+import commands
+from texts import MODEL, write_texts
 
 COUNTS = (1, 2, 3, 4)
 ABLATED = 3  # blocks removed where single corrections are left out to see what they do
-TEXTS = ("tinystories_more.txt", "wikitext_valid.txt", "tinyshakespeare.txt", "dialogues.txt")
-CALIBRATION_CHARACTERS, HELD_OUT_CHARACTERS = 40_000, 16_000
-CHATS, CHAT_SENTENCES, CHAT_FACTS = 60, 24, 4
-CHAT = (
-    "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>"
-)
 VARIANTS = {
     "ReplaceMe": {"inputs": False, "behind": False, "weighted": False},
     "+ weighted tokens": {"inputs": False, "behind": False},
@@ -41,58 +30,12 @@ VARIANTS = {
 }
 
 
-def chats(stories: str) -> str:
-    """Chats in which facts hidden in stories are asked for: without any, calibration knows nothing of looking back."""
-    from notebooks import QUESTIONS, draw_facts
-
-    rng = random.Random(0)
-    sentences = [s.strip() + "." for s in stories[:200_000].replace("\n", " ").split(".") if 20 < len(s) < 120]
-    written = []
-    for _ in range(CHATS):
-        start = rng.randrange(len(sentences) - CHAT_SENTENCES)
-        lines, facts = sentences[start : start + CHAT_SENTENCES], draw_facts(rng, CHAT_FACTS)
-        for fact in facts:
-            lines.insert(rng.randrange(len(lines) + 1), fact.sentence)
-        asked = rng.choice(facts)
-        question = rng.choice(QUESTIONS).format(key=asked.key)
-        written.append(CHAT.format(text=" ".join([*lines, question]), answer=asked.sentence))
-    return "\n".join(written)
-
-
-def write_texts(source: Path, folder: Path, *, facts: bool) -> tuple[Path, Path]:
-    """A calibration folder from the training part of the texts, and a file from their held-out part."""
-    from data import read_text
-
-    calibration, held_out = folder / "calibration", folder / "held-out.txt"
-    calibration.mkdir()
-    for name in TEXTS:
-        text = read_text(source, name)
-        start = len(text) // 3
-        (calibration / name).write_text(text[start : start + CALIBRATION_CHARACTERS], encoding="utf-8")
-    if facts:
-        (calibration / "chats.txt").write_text(chats(read_text(source, "tinystories_train.txt")), encoding="utf-8")
-    parts = (read_text(source, name, held_out=True)[:HELD_OUT_CHARACTERS] for name in TEXTS)
-    held_out.write_text("\n\n".join(parts), encoding="utf-8")
-    return calibration, held_out
-
-
 def evaluate(model: Path, reference: Path, text: Path, options: argparse.Namespace) -> dict[str, float]:
     """What `ziggurat eval` finds."""
-    out = model.with_suffix(".json")
-    words = [
-        "eval", model, "--text", text, "--against", reference, "--needle", "--needle-lengths", "512",
-        "--needle-trials", options.trials, "--threads", options.threads, "--json", out,
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "ziggurat.runtime", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise SystemExit(f"ziggurat eval fails: {done.stderr.decode(errors='replace')[-800:]}")
-    found = json.loads(out.read_text())
-    return {
-        "perplexity": found["perplexity"],
-        "kl_divergence": found["kl_divergence"],
-        "top1_agreement": found["top1_agreement"],
-        "retrieval": found["needle"]["accuracy"],
+    needle = ["--needle", "--needle-lengths", 512, "--needle-trials", options.trials]
+    found = commands.evaluate(model, text, reference, options.threads, *needle)
+    return {name: found[name] for name in ("perplexity", "kl_divergence", "top1_agreement")} | {
+        "retrieval": found["needle"]["accuracy"]
     }
 
 
