@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 100.0)
 USUAL_RIDGE = 1e-1
 
-# Products of matrices with more columns are taken in float32: in float64 they are most of what a repair takes.
+# Systems with more unknowns are solved in float32: in float64 they are most of what a repair takes.
 EXACT_COLUMNS = 2048
+
+# So many outputs, evenly spread, decide about the ridge of all.
+TRIAL_OUTPUTS = 256
 
 
 @dataclass(frozen=True)
@@ -72,55 +75,63 @@ def sums(x: torch.Tensor, lacking: torch.Tensor, weight: torch.Tensor) -> Sums:
     return Sums((x.T @ x).double(), (x.T @ d).double(), float((lacking.double().square().sum(-1) * weight).sum()))
 
 
-def solve(train: Sums, ridge: float) -> torch.Tensor:
-    """B [f, d] that minimizes |X B - D|² + ridge · mean square of X · |B|² on the sums."""
+def solve(train: Sums, ridge: float, outputs: slice = slice(None)) -> torch.Tensor:
+    """B [f, d] that minimizes |X B - D|² + ridge · mean square of X · |B|² on the sums; of it the columns `outputs`."""
     import torch
 
-    regularized = train.xtx.clone()
+    kind = _product_type(len(train.xtx))
+    regularized = train.xtx.to(kind, copy=True)
     regularized.diagonal().add_(ridge * float(train.xtx.diagonal().mean()))
     factor, info = torch.linalg.cholesky_ex(regularized)
     del regularized
+    wanted = train.xtd[:, outputs]
     if int(info) != 0:  # not positive definite at this precision
-        return torch.full_like(train.xtd, float("nan"))
-    kind = _product_type(len(factor))
-    solution: torch.Tensor = torch.cholesky_solve(train.xtd.to(kind), factor.to(kind)).double()
+        return torch.full_like(wanted, float("nan"))
+    solution: torch.Tensor = torch.cholesky_solve(wanted.to(kind), factor).double()
     return solution
+
+
+def explained(held_out: Sums, matrix: torch.Tensor, outputs: slice = slice(None)) -> float:
+    """By how much `matrix`, the columns `outputs` of a B, lowers the sum of squares of D on the tokens of `held_out`."""
+    kind = _product_type(len(matrix))
+    given = (held_out.xtx.to(kind) @ matrix.to(kind)).double()
+    return float(2 * (matrix * held_out.xtd[:, outputs]).sum() - (matrix * given).sum())
 
 
 def left(held_out: Sums, matrix: torch.Tensor) -> float:
     """Share of D's sum of squares that `matrix` leaves on the tokens of `held_out`: 1 without any correction."""
-    kind = _product_type(len(matrix))
-    given = (held_out.xtx.to(kind) @ matrix.to(kind)).double()
-    explained = 2 * (matrix * held_out.xtd).sum() - (matrix * given).sum()
-    return float(1 - explained / held_out.dtd)
+    return 1 - explained(held_out, matrix) / held_out.dtd
 
 
 def choose(train: Sums, held_out: Sums) -> Correction | None:
     """The correction whose regularization does best on held-out tokens; None if none is better than nothing there.
 
-    A ridge's share of the held-out error falls and then rises again, so that few of `RIDGES` have to be tried: each
-    takes a factorization.
+    What a ridge explains of the held-out tokens rises with it and then falls, so that few of `RIDGES` have to be
+    tried, on a part of the outputs: each takes a factorization and a solution.
     """
     if not (np.isfinite(train.dtd) and np.isfinite(held_out.dtd)) or held_out.dtd <= 0 or train.dtd <= 0:
         return None
+    outputs = slice(None, None, max(1, train.xtd.shape[1] // TRIAL_OUTPUTS))
 
-    def tried(index: int) -> Correction:
-        matrix = solve(train, RIDGES[index])
-        share = left(held_out, matrix)
-        return Correction(matrix, RIDGES[index], share if np.isfinite(share) else float("inf"))
+    def tried(index: int) -> float:
+        gain = explained(held_out, solve(train, RIDGES[index], outputs), outputs)
+        return gain if np.isfinite(gain) else -np.inf
 
-    start = RIDGES.index(USUAL_RIDGE)
-    best = tried(start)
+    best = start = RIDGES.index(USUAL_RIDGE)
+    gain = tried(start)
     for step in (1, -1):
-        index = start + step
-        while 0 <= index < len(RIDGES):
-            other = tried(index)
-            if other.left >= best.left and np.isfinite(best.left):
+        while 0 <= best + step < len(RIDGES):
+            other = tried(best + step)
+            if other <= gain and np.isfinite(gain):
                 break
-            best, index = other, index + step
-        if best.ridge != RIDGES[start]:
+            best, gain = best + step, other
+        if best != start:
             break
-    return best if best.left < 1 else None
+    if not gain > 0:
+        return None
+    matrix = solve(train, RIDGES[best])
+    share = left(held_out, matrix)
+    return Correction(matrix, RIDGES[best], share) if share < 1 else None
 
 
 def _product_type(columns: int) -> torch.dtype:
