@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from helpers.deep import build_deep, random_tokens
+from helpers.plain import PLAIN_FLAGS
 from ziggurat.converter import cli
 from ziggurat.converter import prune as choice
 from ziggurat.converter.blocks import Blocks
@@ -255,7 +256,9 @@ def wanted(deep: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return files
 
 
-@pytest.mark.parametrize(("by", "limits"), [("influence", [4, 12, 12, 12, 12]), ("perplexity", [30, 25, 12, 12, 12])])
+@pytest.mark.parametrize(
+    ("by", "limits"), [("influence", [4, 12, 12, 12, 12]), ("perplexity", [30, 25, 12, 12, 12, 12])]
+)
 def test_a_conversion_killed_again_and_again_gives_the_same_file(
     deep: Checkpoint, wanted: dict[str, bytes], tmp_path: Path, by: str, limits: list[int]
 ) -> None:
@@ -369,6 +372,6 @@ def test_what_another_command_keeps_is_not_told(
     interrupted(monkeypatch, deep.folder, out, 4, "--prune", "2")
     assert kept_text(work_folder(out))
     (work_folder(out) / "calibration" / "lock").write_text("another process")
-    done = interrupted(monkeypatch, deep.folder, out, 4)
+    done = interrupted(monkeypatch, deep.folder, out, 4, *PLAIN_FLAGS)
     assert done.exit_code == 130 and done.output.splitlines()[-1] == "convert: error: interrupted, nothing was written"
     assert (work_folder(out) / "calibration" / "manifest.json").exists()
