@@ -207,16 +207,14 @@ class _Visitor:
             self._begin_batch()
             for number, (start, before, behind) in enumerate(passing, 1):
                 if number > self._fit:
-                    held_out += [states for i, states in enumerate(before, start) if i in self._chosen]
+                    held_out += [states.clone() for i, states in enumerate(before, start) if i in self._chosen]
                 if number == self._fit:
                     fit = self._collector.take()
                 if self._places[block.index] == len(self._places) - 1 and HEAD in self._model.tensors:
                     of_head = activations.channel_statistics(self._model.blocks.final_norm(behind))
                     head = of_head if head is None else head + of_head
                 self._begin_batch()
-        rest = self._collector.take()
-        every = {name: rest[name] + fit[name] if name in fit else rest[name] for name in rest}
-        every.update({name: fit[name] for name in fit if name not in rest})
+        every = _added(fit, self._collector.take())
         arrays = activations.pack(every if head is None else {**every, HEAD: head})
         if self._steps:
             captured = self._captured(block, fit, every, held_out)
@@ -253,6 +251,14 @@ class _Visitor:
             held_out=torch.stack(held_out),
             found={},
         )
+
+
+def _added(a: Mapping[str, ChannelStatistics], b: Mapping[str, ChannelStatistics]) -> dict[str, ChannelStatistics]:
+    """Statistics of both; a mixture's expert layers may be in one only."""
+    every = dict(a)
+    for name, statistics in b.items():
+        every[name] = every[name] + statistics if name in every else statistics
+    return every
 
 
 def _held_out(parts: Split) -> set[int]:

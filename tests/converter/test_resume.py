@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from helpers.deep import build_deep, random_tokens
+from helpers.plain import PLAIN_FLAGS
 from ziggurat.converter import cli
 from ziggurat.converter import prune as choice
 from ziggurat.converter.blocks import Blocks
@@ -255,7 +256,9 @@ def wanted(deep: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return files
 
 
-@pytest.mark.parametrize(("by", "limits"), [("influence", [4, 12, 12, 12, 12]), ("perplexity", [30, 25, 12, 12, 12])])
+@pytest.mark.parametrize(
+    ("by", "limits"), [("influence", [4, 12, 12, 12, 12]), ("perplexity", [30, 25, 12, 12, 12, 12])]
+)
 def test_a_conversion_killed_again_and_again_gives_the_same_file(
     deep: Checkpoint, wanted: dict[str, bytes], tmp_path: Path, by: str, limits: list[int]
 ) -> None:
@@ -281,6 +284,8 @@ def test_a_conversion_to_the_same_place_with_other_settings(
         convert(deep.folder, out, settings(), Watcher(20))
     with pytest.raises(CalibrationError, match=r"unfinished repair that differs in removed blocks \("):
         convert(deep.folder, out, settings(prune=PruneSettings(count=1)))
+    with pytest.raises(CalibrationError, match=r"calibration that differs in text \(.*, sequences \(8, now 4"):
+        convert(deep.folder, out, settings(calibration=TextSettings(tokens=256, sequence=64)))
     other = Watcher()
     convert(deep.folder, out, settings(type="q8_0"), other)
     assert other.total < TOKENS.ids.size * 20  # no calibration, and not all of the repair
@@ -359,7 +364,9 @@ def test_what_is_kept_is_told(
         assert done.exit_code == code
         (line,) = [line for line in done.output.splitlines() if line.startswith("convert: error:")]
         assert line.startswith(f"convert: error: {says}, nothing was written")
-        assert line.endswith(f"; {work_folder(out)} keeps what is finished, and the same command goes on from there")
+        assert line.endswith(f"; {work_folder(out)} keeps what is finished for the same command to go on from")
+    refused = interrupted(monkeypatch, deep.folder, out, 99, "--prune", "1")  # by the repair, which names its folder
+    assert "unfinished repair that differs in removed blocks" in refused.output and "keeps" not in refused.output
 
 
 def test_what_another_command_keeps_is_not_told(
@@ -369,6 +376,6 @@ def test_what_another_command_keeps_is_not_told(
     interrupted(monkeypatch, deep.folder, out, 4, "--prune", "2")
     assert kept_text(work_folder(out))
     (work_folder(out) / "calibration" / "lock").write_text("another process")
-    done = interrupted(monkeypatch, deep.folder, out, 4)
+    done = interrupted(monkeypatch, deep.folder, out, 4, *PLAIN_FLAGS)
     assert done.exit_code == 130 and done.output.splitlines()[-1] == "convert: error: interrupted, nothing was written"
     assert (work_folder(out) / "calibration" / "manifest.json").exists()
