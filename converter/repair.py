@@ -92,7 +92,7 @@ def solve(train: Sums, ridge: float, outputs: slice = slice(None)) -> torch.Tens
 
 
 def explained(held_out: Sums, matrix: torch.Tensor, outputs: slice = slice(None)) -> float:
-    """By how much `matrix`, the columns `outputs` of a B, lowers the sum of squares of D on the tokens of `held_out`."""
+    """How much `matrix`, the columns `outputs` of a B, lowers the sum of squares of D on the tokens of `held_out`."""
     kind = _product_type(len(matrix))
     given = (held_out.xtx.to(kind) @ matrix.to(kind)).double()
     return float(2 * (matrix * held_out.xtd[:, outputs]).sum() - (matrix * given).sum())
