@@ -1,7 +1,7 @@
 """Coordinate descent on all that a quantized tensor is made of: scales, mins and codes, each in turn made the best.
 
 The error e = w' - w of a row costs e H e^T. In each of d, dmin, the groups' integers and the codes that is a parabola,
-given the others: every part moves to the grid's point nearest to its minimum, if that lowers the cost. Cyclic descent on
+given the others: each part moves to the grid's point nearest to its minimum, if that lowers the cost. Cyclic descent on
 codes is known from CDQuant (Nair and Suggala, arXiv:2406.17542); here the scales take part. But for rounding, the cost
 never rises.
 """
