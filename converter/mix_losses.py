@@ -47,7 +47,7 @@ class LossSettings:
     """Of its rows,"""
     least_rows: int = 64
     most_rows: int = 256
-    least_values: int = 1 << 17
+    least_values: int = 1 << 15
     """Weights that are taken at least, in whole rows, whatever the other bounds say."""
     head_rows: int = 512
     """Rows of the matrix that makes the logits."""

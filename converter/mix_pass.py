@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ziggurat.converter.blocks import Block
     from ziggurat.converter.tune import TunedModel
 
-COARSE_BELOW = 4.0
+COARSE_BELOW = 4.25
 COARSE = 10  # Q2_K
 
 EMBEDDING_TENSOR = "token_embd.weight"
