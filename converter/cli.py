@@ -226,7 +226,7 @@ def _print_report(console: Console, report: Report) -> None:
     if report.prune is not None:
         console.print(removed_text(report.prune), soft_wrap=True)
     if report.calibration is not None:
-        console.print(fitted_text(report.calibration, report.importance), soft_wrap=True)
+        console.print(fitted_text(report), soft_wrap=True)
     pre = f", pre-tokenizer {report.pre_tokenizer}" if report.pre_tokenizer else ""
     console.print(
         f"{report.output}: {report.name or report.architecture}, {report.type}, {size_text(report.output_bytes)}, "

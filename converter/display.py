@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ziggurat.converter.report import Estimate
-from ziggurat.converter.tuning_record import CalibrationRecord, ImportanceRecord
+from ziggurat.converter.report import Estimate, Report
 
 # Without a terminal, a line of progress this often.
 LINE_SECONDS = 10.0
@@ -109,13 +108,18 @@ def duration_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
 
 
-def fitted_text(calibration: CalibrationRecord, importance: ImportanceRecord | None) -> str:
-    """One line about what the quantization was fitted on."""
+def fitted_text(report: Report) -> str:
+    """One line about what the quantization was fitted on, and what came of it."""
+    calibration, importance, scales = report.calibration, report.importance, report.scales
+    assert calibration is not None
     text = f"calibrated on {calibration.tokens} tokens of {calibration.source} (sha256 {calibration.sha256[:12]})"
-    if importance is None:
-        return text
-    text += f": importance matrix of {importance.tensors} tensors"
-    if importance.unrouted:
+    done = []
+    if importance is not None:
+        done.append(f"importance matrix of {importance.tensors} tensors")
+    if scales is not None:
+        done.append(f"scales on {scales.kept} of {scales.searched} groups")
+    text += f": {', '.join(done)}" if done else ""
+    if importance is not None and importance.unrouted:
         count = sum(len(experts) for experts in importance.unrouted.values())
         first, experts = next(iter(importance.unrouted.items()))
         named = f"{', '.join(map(str, experts[:4]))}{', …' if len(experts) > 4 else ''} of {first}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,18 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ziggurat.converter import families, linears, weights
+from ziggurat.converter import families, fold, linears, scale, scale_groups, weights
 from ziggurat.converter.checkpoint import Checkpoint
 from ziggurat.converter.depth import Measuring
 from ziggurat.converter.imatrix import Float32, write_imatrix
 from ziggurat.converter.report import Estimate
-from ziggurat.converter.tuning_record import CalibrationRecord, ImportanceRecord
+from ziggurat.converter.scale import ScaleSearch
+from ziggurat.converter.scale_groups import Group
+from ziggurat.converter.tuning_record import CalibrationRecord, ImportanceRecord, ScalesRecord
 from ziggurat.converter.upstream import Plan
 
 if TYPE_CHECKING:
+    from ziggurat.converter.calibration_work import WorkFolder
     from ziggurat.converter.repair import Fold
     from ziggurat.converter.tune import BlockStep
 
@@ -45,7 +49,7 @@ class FitSettings:
     @property
     def needed(self) -> bool:
         """Whether the pass is needed at all."""
-        return self.importance
+        return self.importance or self.awq
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,12 @@ class Fitted:
     plan: Plan
     """With what was found folded in, and the records in its metadata."""
     importance: dict[str, Float32] | None
-    """Means by tensor; None: none was gathered."""
+    """What the tensors of `plan` are quantized with, means by tensor: gathered, or the one given."""
     calibration: CalibrationRecord
     record: ImportanceRecord | None
+    """Of the importance matrix; None: none was gathered."""
+    scales: ScalesRecord | None
+    """None: none were searched."""
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -76,15 +83,18 @@ def importance_names(checkpoint: Checkpoint, plan: Plan, removed: Collection[int
 
 
 def fit(
-    plan: Plan, settings: FitSettings, measuring: Measuring, *,
+    plan: Plan, types: Sequence[int], settings: FitSettings, measuring: Measuring, *,
+    importance: dict[str, Float32] | None = None,
     removed: tuple[int, ...] = (), folds: Mapping[int, Fold] | None = None,
 ) -> Fitted:  # fmt: skip
     """Run the calibration text through the model that will be written, and take what was found into its plan.
 
     Args:
         plan: of that model.
+        types: what its tensors will be quantized to.
         settings: what is wanted.
         measuring: checkpoint, text and how to run it; a killed pass is taken up again from its work folder.
+        importance: means by tensor to quantize with where none are gathered.
         removed: blocks of the checkpoint that `plan` is without.
         folds: repair in it, by block of the checkpoint.
 
@@ -92,33 +102,53 @@ def fit(
         CalibrationError: hidden states are no numbers, the folder is of other inputs, or there is no room.
         OutputError: the importance matrix cannot be exported.
     """
-    from ziggurat.converter import importance
     from ziggurat.converter.blocks import Blocks
+    from ziggurat.converter.importance import gather
     from ziggurat.converter.tune import TunedModel, tune
 
     tokens, how = measuring.tokens, measuring.settings
     tensors = linears.tensor_names(measuring.checkpoint, plan, removed)
     model = TunedModel(Blocks(measuring.checkpoint, how.device, how.dtype), tensors, removed, folds or {})
-    finished = tune(model, tokens, _steps(settings), how, measuring.progress)
+    groups = scale_groups.find(measuring.checkpoint) if settings.awq else ()
+    steps: list[BlockStep] = []
+    if groups:
+        target = {tensor.name: type_id for tensor, type_id in zip(plan.tensors, types, strict=True)}
+        weighted = settings.importance or importance is not None
+        threads = how.threads or len(os.sched_getaffinity(0))
+        steps.append(ScaleSearch(groups, target, plan.model_shape(), weighted, importance, threads=threads))
+    finished = tune(model, tokens, steps, how, measuring.progress)
     calibration = CalibrationRecord(tokens.source, tokens.ids.size, tokens.ids.shape[1], tokens.sha256)
-    metadata, record, means = {**plan.metadata, **calibration.metadata()}, None, None
+    metadata, record = {**plan.metadata, **calibration.metadata()}, None
     if settings.importance:
-        gathered = importance.gather(finished, tensors, tokens)
+        gathered = gather(finished, tensors, tokens)
         for name, experts in gathered.unrouted.items():
             logger.info("%s: no token came to the experts %s, they get the others' mean importance", name, experts)
         matrix, exported = gathered.matrix, None
         if settings.export is not None:
             write_imatrix(settings.export, matrix)
             exported = settings.export.name
-        means = matrix.means
-        record = ImportanceRecord(len(means), matrix.chunks, tokens.source, exported, gathered.unrouted)
+        importance = matrix.means
+        record = ImportanceRecord(len(importance), matrix.chunks, tokens.source, exported, gathered.unrouted)
         metadata.update(record.metadata())
-    return Fitted(dataclasses.replace(plan, metadata=metadata), means, calibration, record)
+    plan, scaled = dataclasses.replace(plan, metadata=metadata), None
+    if groups:
+        plan, importance, scaled = _scaled(plan, groups, finished, importance)
+    return Fitted(plan, importance, calibration, record, scaled)
 
 
-def _steps(settings: FitSettings) -> Sequence[BlockStep]:
-    """What is searched for each block."""
-    return []
+def _scaled(
+    plan: Plan, groups: Sequence[Group], finished: WorkFolder, importance: dict[str, Float32] | None
+) -> tuple[Plan, dict[str, Float32] | None, ScalesRecord]:
+    """The plan with the scales that were found, the importance matrix of its tensors, and what to tell of them."""
+    from ziggurat.converter.tune import found
+
+    arrays = {place: found(finished.block(place), scale.NAME) for place in range(finished.finished)}
+    scales = {place: scale.scales(of_block) for place, of_block in arrays.items()}
+    record = ScalesRecord.of(arrays)
+    if importance is not None:
+        importance = fold.scaled_importance(importance, fold.column_scales(plan, groups, scales))
+    plan = fold.fold(plan, groups, scales)
+    return dataclasses.replace(plan, metadata={**plan.metadata, **record.metadata()}), importance, record
 
 
 def add_cost(estimate: Estimate, plan: Plan, measuring: Measuring) -> Estimate:

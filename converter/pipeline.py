@@ -155,10 +155,8 @@ def convert(
         with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:  # what it refuses, it refuses now
             planned(file)
         removed, folds = ((), {}) if pruned is None else (pruned.record.blocks, pruned.folds)
-        fitted = fitting.fit(plan, wanted, measuring, removed=removed, folds=folds)
-        plan = fitted.plan
-        if fitted.importance is not None:
-            importance = fitted.importance
+        fitted = fitting.fit(plan, types, wanted, measuring, importance=importance, removed=removed, folds=folds)
+        plan, importance = fitted.plan, fitted.importance
     with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:
         if fitted is None:
             planned(file)
@@ -190,6 +188,7 @@ def convert(
         prune=None if pruned is None else pruned.record,
         calibration=None if fitted is None else fitted.calibration,
         importance=None if fitted is None else fitted.record,
+        scales=None if fitted is None else fitted.scales,
     )
     if settings.report is not None:
         write_json(settings.report, report.to_json())
