@@ -67,12 +67,12 @@ class Block:
             if bias is not None:
                 bias.copy_(torch.from_numpy(fold.bias(bias.float().cpu().numpy())))
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, *, differentiable: bool = False) -> torch.Tensor:
         """Hidden states behind the block: shape [sequences, positions, n_embd] like those before it."""
         import torch
 
         args, kwargs = self._blocks.call_arguments(*hidden.shape[:2])[self.index]
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             out = self.layer(hidden, *args, **kwargs)
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -209,7 +209,7 @@ class Blocks:
         self._recorders[0].hidden = None
         return first
 
-    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+    def final_norm(self, hidden: torch.Tensor, *, differentiable: bool = False) -> torch.Tensor:
         """What the head reads, of the hidden states behind the last block: of their shape."""
         import torch
 
@@ -217,9 +217,31 @@ class Blocks:
             norm = copy.deepcopy(self._norm)
             self._load(norm, f"{self._prefix}{self.family.norm}.")
             self._loaded_norm = norm.to(self.device)
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             normed: torch.Tensor = self._loaded_norm(hidden)
         return normed
+
+    @property
+    def head_matrix(self) -> torch.Tensor:
+        """The matrix that makes logits of what the final norm gives: [n_vocab, n_embd], in its stored type.
+
+        It stays in memory until `release_head`.
+        """
+        if self._head is None:
+            tied = bool(getattr(self._config, "tie_word_embeddings", False))
+            name = self._embedding_name if tied else "lm_head.weight"
+            self._head = weights.read(self.checkpoint, name).to(self.device)
+        return self._head
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Logits are kept below it by tanh; None: they are not."""
+        cap: float | None = getattr(self._config, "final_logit_softcapping", None)
+        return cap
+
+    def embedding_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the token embedding as they are stored: float32 [len(ids), n_embd], on the CPU."""
+        return weights.rows(self.checkpoint, self._embedding_name, ids).float()
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the hidden states behind the last block, through the final norm.
@@ -234,17 +256,13 @@ class Blocks:
         """
         import torch
 
-        if self._head is None:
-            tied = bool(getattr(self._config, "tie_word_embeddings", False))
-            name = self._embedding_name if tied else "lm_head.weight"
-            self._head = weights.read(self.checkpoint, name).to(self.device)
-        matrix, normed = self._head, self.final_norm(hidden)
+        matrix, normed = self.head_matrix, self.final_norm(hidden)
         with torch.no_grad():
             step = max(1, HEAD_BYTES // (4 * self.n_embd))
             logits = torch.cat(
                 [(normed @ matrix[i : i + step].to(self.dtype).T).float() for i in range(0, len(matrix), step)], dim=-1
             )
-            cap = getattr(self._config, "final_logit_softcapping", None)
+            cap = self.logit_cap
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def release_head(self) -> None:

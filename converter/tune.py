@@ -164,12 +164,13 @@ def _identity(
     """All that decides what is found."""
     common = identity(
         model.blocks.checkpoint, tokens, settings,
-        removed_blocks=list(model.removed), repair=_hash(model.folds), steps=[step.name for step in steps],
+        removed_blocks=list(model.removed), repair=folds_hash(model.folds), steps=[step.name for step in steps],
     )  # fmt: skip
     return {**common, **{f"{step.name} {key}": value for step in steps for key, value in step.identity.items()}}
 
 
-def _hash(folds: Mapping[int, Fold]) -> str:
+def folds_hash(folds: Mapping[int, Fold]) -> str:
+    """Hash of a repair."""
     digest = hashlib.sha256()
     for index, fold in sorted(folds.items()):
         for field in dataclasses.fields(fold):
