@@ -50,7 +50,8 @@ from ziggurat.converter.report import Report
     metavar="FILE",
     help="Write the gathered importance matrix too.",
 )
-@click.option("--no-awq", is_flag=True, help="Quantize without activation-aware scales.")
+@click.option("--no-awq", is_flag=True, help="Leave the weights as they are: no scales, no compensation.")
+@click.option("--no-compensation", is_flag=True, help="Quantize with ggml's own quantizers alone.")
 @click.option("--prune", metavar="N|N%", help="Remove this many blocks, or this share of them, and repair the rest.")
 @click.option("--prune-blocks", metavar="LIST", help="Remove these blocks, counted from 0: 5,8-10.")
 @click.option("--prune-by", type=click.Choice(CRITERIA), help="What --prune chooses blocks by.  [default: influence]")
@@ -95,7 +96,7 @@ from ziggurat.converter.report import Report
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
 def convert(  # noqa: PLR0913 - one parameter per option
     model: str, out: Path | None, type_name: str, imatrix: Path | None, no_imatrix: bool,
-    export_imatrix: Path | None, no_awq: bool,
+    export_imatrix: Path | None, no_awq: bool, no_compensation: bool,
     prune: str | None, prune_blocks: str | None, prune_by: str | None, no_repair: bool, prune_report: bool,
     plot: Path | None, calibration: Path | None, calibration_tokens: int, calibration_sequence: int, seed: int,
     device: str, pre: str | None, name: str | None, report: Path | None, threads: int | None, force: bool,
@@ -126,7 +127,8 @@ def convert(  # noqa: PLR0913 - one parameter per option
             return
         settings = ConvertSettings(
             type=type_name.lower(), imatrix=imatrix, gather_imatrix=not no_imatrix, export_imatrix=export_imatrix,
-            awq=not no_awq, pre=pre, name=name, threads=threads, report=report, force=force,
+            awq=not no_awq, compensate=not no_compensation,
+            pre=pre, name=name, threads=threads, report=report, force=force,
             ignore_code=ignore_code, prune=prune_settings(prune, prune_blocks, prune_by, repair=not no_repair),
             calibration=text, device=device,
         )  # fmt: skip

@@ -118,6 +118,8 @@ def fitted_text(report: Report) -> str:
         done.append(f"importance matrix of {importance.tensors} tensors")
     if scales is not None:
         done.append(f"scales on {scales.kept} of {scales.searched} groups")
+    if report.compensation is not None:
+        done.append(f"errors compensated in {report.compensation.compensated} of {report.compensation.tensors} tensors")
     text += f": {', '.join(done)}" if done else ""
     if importance is not None and importance.unrouted:
         count = sum(len(experts) for experts in importance.unrouted.values())

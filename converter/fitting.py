@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ziggurat.converter import families, fold, linears, scale, scale_groups, weights
+from ziggurat.converter import compensate_step, families, fold, linears, scale, scale_groups, weights
 from ziggurat.converter.checkpoint import Checkpoint
+from ziggurat.converter.compensate_step import Arrays, Compensation
 from ziggurat.converter.depth import Measuring
 from ziggurat.converter.imatrix import Float32, write_imatrix
 from ziggurat.converter.report import Estimate
 from ziggurat.converter.scale import ScaleSearch
 from ziggurat.converter.scale_groups import Group
-from ziggurat.converter.tuning_record import CalibrationRecord, ImportanceRecord, ScalesRecord
+from ziggurat.converter.tuning_record import CalibrationRecord, CompensationRecord, ImportanceRecord, ScalesRecord
 from ziggurat.converter.upstream import Plan
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class FitSettings:
     """Gather an importance matrix."""
     awq: bool = True
     """Search activation-aware scales."""
+    compensate: bool = True
+    """Choose codes that keep the error of each layer's output small; only with `awq`."""
     export: Path | None = None
     """Where to write the importance matrix too."""
 
@@ -65,6 +68,8 @@ class Fitted:
     """Of the importance matrix; None: none was gathered."""
     scales: ScalesRecord | None
     """None: none were searched."""
+    compensation: CompensationRecord | None
+    """None: errors were not compensated."""
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -111,11 +116,13 @@ def fit(
     model = TunedModel(Blocks(measuring.checkpoint, how.device, how.dtype), tensors, removed, folds or {})
     groups = scale_groups.find(measuring.checkpoint) if settings.awq else ()
     steps: list[BlockStep] = []
+    target = {tensor.name: type_id for tensor, type_id in zip(plan.tensors, types, strict=True)}
+    weighted = settings.importance or importance is not None
     if groups:
-        target = {tensor.name: type_id for tensor, type_id in zip(plan.tensors, types, strict=True)}
-        weighted = settings.importance or importance is not None
         threads = how.threads or len(os.sched_getaffinity(0))
         steps.append(ScaleSearch(groups, target, plan.model_shape(), weighted, importance, threads=threads))
+    if settings.awq and settings.compensate:
+        steps.append(Compensation(plan, target, groups, weighted, importance))
     finished = tune(model, tokens, steps, how, measuring.progress)
     calibration = CalibrationRecord(tokens.source, tokens.ids.size, tokens.ids.shape[1], tokens.sha256)
     metadata, record = {**plan.metadata, **calibration.metadata()}, None
@@ -133,7 +140,23 @@ def fit(
     plan, scaled = dataclasses.replace(plan, metadata=metadata), None
     if groups:
         plan, importance, scaled = _scaled(plan, groups, finished, importance)
-    return Fitted(plan, importance, calibration, record, scaled)
+    compensated = None
+    if settings.awq and settings.compensate:
+        plan, compensated = _compensated(plan, target, finished)
+    return Fitted(plan, importance, calibration, record, scaled, compensated)
+
+
+def _compensated(plan: Plan, target: Mapping[str, int], finished: WorkFolder) -> tuple[Plan, CompensationRecord]:
+    """The plan with the tensors that were quantized in the pass, and what to tell of them."""
+    from ziggurat.converter.tune import found
+
+    def of_place(place: int) -> Arrays:
+        return found(finished.block(place), compensate_step.NAME)
+
+    losses = [loss for place in range(finished.finished) for loss in compensate_step.losses(of_place(place))]
+    record = CompensationRecord.of(losses)
+    plan = compensate_step.substituted(plan, target, of_place, finished.finished)
+    return dataclasses.replace(plan, metadata={**plan.metadata, **record.metadata()}), record
 
 
 def _scaled(

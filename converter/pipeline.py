@@ -40,7 +40,9 @@ class ConvertSettings:
     export_imatrix: Path | None = None
     """Where to write the gathered one too, in llama.cpp's GGUF form."""
     awq: bool = True
-    """Search activation-aware scales on the calibration text."""
+    """Fit the weights to the activations of the calibration text: scales, and compensation of errors."""
+    compensate: bool = True
+    """Whether errors are compensated as well."""
     pre: str | None = None
     """Pre-tokenizer name to write instead of the recognized one."""
     name: str | None = None
@@ -189,6 +191,7 @@ def convert(
         calibration=None if fitted is None else fitted.calibration,
         importance=None if fitted is None else fitted.record,
         scales=None if fitted is None else fitted.scales,
+        compensation=None if fitted is None else fitted.compensation,
     )
     if settings.report is not None:
         write_json(settings.report, report.to_json())
@@ -206,6 +209,7 @@ def _fit_settings(settings: ConvertSettings) -> fitting.FitSettings:
     return fitting.FitSettings(
         importance=settings.gather_imatrix and settings.imatrix is None and quantized,
         awq=settings.awq and quantized,
+        compensate=settings.compensate,
         export=settings.export_imatrix,
     )
 

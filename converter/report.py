@@ -18,7 +18,7 @@ from ziggurat.converter import ggml
 from ziggurat.converter.errors import OutputError
 from ziggurat.converter.prune_record import PruneRecord
 from ziggurat.converter.quantize import BF16, F16, F32
-from ziggurat.converter.tuning_record import CalibrationRecord, ImportanceRecord, ScalesRecord
+from ziggurat.converter.tuning_record import CalibrationRecord, CompensationRecord, ImportanceRecord, ScalesRecord
 from ziggurat.converter.upstream import Plan
 from ziggurat.converter.write import is_special, partial_name, real
 
@@ -73,6 +73,8 @@ class Report:
     """The importance matrix gathered there; None: none."""
     scales: ScalesRecord | None = None
     """The activation-aware scales; None: none were searched."""
+    compensation: CompensationRecord | None = None
+    """The tensors whose errors were compensated; None: none were."""
 
     def to_json(self) -> str:
         """The report as JSON text."""

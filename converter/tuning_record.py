@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ziggurat.converter.compensate_step import TensorLoss
 from ziggurat.converter.scale import LOSSES
 
 PREFIX = "ziggurat.calibration."
@@ -96,8 +97,42 @@ class ScalesRecord:
 
     def metadata(self) -> dict[str, Any]:
         """Key to gguf value: `ziggurat.scales.*`."""
-        from llama_cpp import _gguf as gguf
+        return _counts("scales", {"searched": self.searched, "kept": self.kept})
 
-        kind = gguf.GGUFValueType.UINT32
-        entries = {"searched": self.searched, "kept": self.kept}
-        return {f"ziggurat.scales.{name}": gguf.GGUFValue(value, kind) for name, value in entries.items()}
+
+@dataclass(frozen=True)
+class CompensationRecord:
+    """Tensors whose codes were chosen with their errors compensated."""
+
+    tensors: int
+    """Quantized in the pass."""
+    compensated: int
+    """Those of them for which that lowered the error on held-out activations; the others are ggml's own."""
+    loss: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By kind of tensor: mean relative squared error of the layer's output on them, by ggml alone and as written."""
+
+    @classmethod
+    def of(cls, losses: Sequence[TensorLoss]) -> CompensationRecord:
+        """Sum up what `compensate_step.Compensation` did for each tensor."""
+        kinds: dict[str, list[TensorLoss]] = {}
+        for loss in losses:
+            kinds.setdefault(loss.tensor.split(".")[2], []).append(loss)
+        return cls(
+            tensors=len(losses),
+            compensated=sum(loss.loss < loss.plain for loss in losses),
+            loss={
+                kind: (float(np.mean([x.plain for x in of_kind])), float(np.mean([x.loss for x in of_kind])))
+                for kind, of_kind in kinds.items()
+            },
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """Key to gguf value: `ziggurat.compensation.*`."""
+        return _counts("compensation", {"tensors": self.tensors, "compensated": self.compensated})
+
+
+def _counts(section: str, entries: Mapping[str, int]) -> dict[str, Any]:
+    from llama_cpp import _gguf as gguf
+
+    kind = gguf.GGUFValueType.UINT32
+    return {f"ziggurat.{section}.{name}": gguf.GGUFValue(value, kind) for name, value in entries.items()}
