@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from llama_cpp import _gguf
 
 from helpers import families
+from helpers.plain import PLAIN_FLAGS
 from helpers.stock import Gguf
 from ziggurat.converter import depth, prune_report
 from ziggurat.converter.blocks import Blocks
@@ -173,7 +174,7 @@ def test_nan_weights_are_refused(model: Path, tmp_path: Path) -> None:
         ("block 2", True, ["--prune", "1"]),
         ("block 2", False, ["--prune", "1", "--prune-by", "perplexity"]),
         ("block 2", True, ["--prune-blocks", "1"]),
-        ("blk.1", False, ["--prune-blocks", "1", "--no-repair"]),
+        ("blk.1", False, ["--prune-blocks", "1", "--no-repair", *PLAIN_FLAGS]),
     ):
         done = run(damaged, out, "--threads", 1, *text, *words)
         assert done.exit_code == 1
