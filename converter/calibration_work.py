@@ -266,11 +266,11 @@ def discard(work: Path) -> None:
 
 
 def kept_text(work: Path) -> str:
-    """For the end of a message after an interruption: what this process leaves in a work folder; "" if nothing."""
+    """For the end of a message: what this process leaves in a work folder when it fails; "" if nothing."""
     for stage in _stages(work):
         with contextlib.suppress(OSError):
             if (stage / MANIFEST).exists() and (stage / LOCK).read_text() == str(os.getpid()):
-                return f"; {work} keeps what is finished, and the same command goes on from there"
+                return f"; {work} keeps what is finished for the same command to go on from"
     return ""
 
 

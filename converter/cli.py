@@ -144,25 +144,29 @@ def _errors_as_lines(console: Console, out: Path | None, *, debug: bool) -> Iter
         if debug:
             raise
         if isinstance(e, KeyboardInterrupt):
-            _fail(console, f"interrupted, nothing was written{_kept(out)}", 130)
+            _fail(console, _with_kept("interrupted, nothing was written", out), 130)
+        message = str(e)
         if isinstance(e, MemoryError):
-            advice = "close other programs or convert on a larger machine"
-            _fail(console, f"out of memory, nothing was written: {advice}{_kept(out)}")
-        _fail(console, str(e))
+            message = "out of memory, nothing was written: close other programs or convert on a larger machine"
+        _fail(console, _with_kept(message, out))
     except Exception as e:
         if debug:
             raise
         _fail(console, f"unexpected {type(e).__name__}: {e} (this is a bug of Ziggurat; --debug shows where)")
 
 
-def _kept(out: Path | None) -> str:
-    """What an interrupted conversion to `out` leaves to go on from, for the end of a message."""
+def _with_kept(message: str, out: Path | None) -> str:
+    """The message, and what the conversion to `out` leaves to go on from, unless the message speaks of that already."""
     if out is None or "ziggurat.converter.pipeline" not in sys.modules:  # before that there is nothing
-        return ""
+        return message
     from ziggurat.converter.calibration_work import kept_text
     from ziggurat.converter.pipeline import work_folder
 
-    return kept_text(work_folder(out))
+    with contextlib.suppress(OSError):  # a name that no file can have
+        work = work_folder(out)
+        if str(work) not in message:
+            return message + kept_text(work)
+    return message
 
 
 def _fail(console: Console, message: str, code: int = 1) -> NoReturn:

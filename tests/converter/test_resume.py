@@ -281,6 +281,8 @@ def test_a_conversion_to_the_same_place_with_other_settings(
         convert(deep.folder, out, settings(), Watcher(20))
     with pytest.raises(CalibrationError, match=r"unfinished repair that differs in removed blocks \("):
         convert(deep.folder, out, settings(prune=PruneSettings(count=1)))
+    with pytest.raises(CalibrationError, match=r"calibration that differs in text \(.*, sequences \(8, now 4"):
+        convert(deep.folder, out, settings(calibration=TextSettings(tokens=256, sequence=64)))
     other = Watcher()
     convert(deep.folder, out, settings(type="q8_0"), other)
     assert other.total < TOKENS.ids.size * 20  # no calibration, and not all of the repair
@@ -359,7 +361,9 @@ def test_what_is_kept_is_told(
         assert done.exit_code == code
         (line,) = [line for line in done.output.splitlines() if line.startswith("convert: error:")]
         assert line.startswith(f"convert: error: {says}, nothing was written")
-        assert line.endswith(f"; {work_folder(out)} keeps what is finished, and the same command goes on from there")
+        assert line.endswith(f"; {work_folder(out)} keeps what is finished for the same command to go on from")
+    refused = interrupted(monkeypatch, deep.folder, out, 99, "--prune", "1")  # by the repair, which names its folder
+    assert "unfinished repair that differs in removed blocks" in refused.output and "keeps" not in refused.output
 
 
 def test_what_another_command_keeps_is_not_told(
