@@ -132,6 +132,11 @@ def row_bytes(type_id: int, columns: int) -> int:
     return int(_libraries()[0].ggml_row_size(type_id, columns))
 
 
+def block_columns(type_id: int) -> int:
+    """Columns of a block of ggml type `type_id`, which have something in common: 256 in the K types."""
+    return int(_libraries()[0].ggml_get_type_traits(type_id).contents.blck_size)
+
+
 def type_name(type_id: int) -> str:
     """Ggml's name of a type, for example "q4_K"."""
     return str(_libraries()[0].ggml_type_name(type_id).decode())

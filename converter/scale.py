@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,12 +28,13 @@ import numpy.typing as npt
 
 from ziggurat.converter import fold, ggml
 from ziggurat.converter.activations import ChannelStatistics, Float64
+from ziggurat.converter.blocks import Block
 from ziggurat.converter.errors import CalibrationError, QuantizeError
 from ziggurat.converter.ggml import ModelShape
 from ziggurat.converter.matrices import matrices
 from ziggurat.converter.quantize import BF16, F16, F32
 from ziggurat.converter.scale_groups import Group
-from ziggurat.converter.trial import Part, replaced, restored
+from ziggurat.converter.trial import Part, Substitute, restored
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,9 @@ Float32 = npt.NDArray[np.float32]
 NAME = "scale"
 LOSSES = ":losses"
 LEAST = 1e-4
+
+# Readers whose outputs are those of their part of the block.
+ENDS = ("attn_output", "ffn_down")
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,18 @@ def _reader(
     return _Reader(layer, type_id, views, inputs, statistics, weights)
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """What one matrix read and gave."""
+
+    reader: _Reader
+    index: int
+    x: torch.Tensor
+    wanted: torch.Tensor
+    size: float
+    """Sum of squares of what all matrices of the reader gave."""
+
+
 class _Search:
     """The search for one group of one block."""
 
@@ -175,10 +192,11 @@ class _Search:
         """The best scales, None for s = 1, and the losses on held-out activations with s = 1 and with them."""
         settings = self._settings
         candidates = list(self._candidates())
-        losses = [self._sample_loss(s) for s in candidates]
+        samples = list(self._samples())
+        losses = [self._sample_loss(s, samples) for s in candidates]
         finalists = sorted(range(len(candidates)), key=lambda i: (losses[i], i))[: settings.finalists]
         sequences = max(1, settings.final_tokens // captured.held_out.shape[1])
-        part = Part(captured.block, self._readers[0].layer, captured.held_out[:sequences])
+        part = Part(captured.block, self._module(captured.block), captured.held_out[:sequences])
         best, chosen = self._final_loss(part, None), None
         unscaled = best
         for i in finalists:
@@ -186,6 +204,15 @@ class _Search:
             if loss < best:
                 best, chosen = loss, candidates[i]
         return chosen, (unscaled, best)
+
+    def _module(self, block: Block) -> Any:
+        """What the last choice is made on: the attention or the feed-forward part, or the layer that ends it."""
+        path = self._readers[0].layer.removeprefix(block.prefix)
+        if self._group.readers[0] in ENDS:
+            return operator.attrgetter(path)(block.layer)
+        if self._group.readers[0].startswith("ffn"):
+            return block.mlp
+        return getattr(block.layer, path.split(".")[0])
 
     def _candidates(self) -> Iterator[Float32]:
         """Vectors of scales: shape [channels], or [experts, channels]."""
@@ -217,46 +244,69 @@ class _Search:
         head, heads = self._shape.n_embd_head_v, self._shape.n_head_kv
         return columns.reshape(heads, -1, head).mean(1).reshape(-1) if self._group.values else columns
 
-    def _rounded(self, s: Float32 | None, values: int) -> Iterator[tuple[_Reader, int, torch.Tensor, torch.Tensor]]:
-        """Rows of every matrix, as they are (a view) and as they come out of quantization with scales `s`."""
+    def _substitute(self, reader: _Reader, index: int, s: Float32 | None, values: int) -> Substitute:
+        """Rows of a reader's matrix, of `values` values of the reader's at most, quantized with scales `s`."""
         import torch
 
-        for reader in self._readers:
-            for i, matrix in enumerate(reader.matrices):
-                rows = spread_rows(matrix, values // len(reader.matrices))
-                mine = None
-                if s is not None:
-                    mine = fold.spread(s[i] if self._group.per_expert else s, rows.shape[1], self._shape.n_embd_head_v)
-                weights = None if reader.importance is None else reader.importance[i % len(reader.importance)]
-                new = restored(rows.cpu().numpy(), reader.type_id, self._pool, scales=mine, importance=weights)
-                yield reader, i, rows, torch.from_numpy(new).to(rows.device)
+        matrix = reader.matrices[index]
+        rows, step = spread_rows(matrix, values // len(reader.matrices))
+        plain, columns = rows.cpu().numpy(), None
+        weights = None if reader.importance is None else reader.importance[index % len(reader.importance)]
+        if s is not None:
+            of_matrix = s[index] if self._group.per_expert else s
+            columns = fold.spread(of_matrix, rows.shape[1], self._shape.n_embd_head_v)
+            plain = plain * columns
+            weights = None if weights is None else weights / np.square(columns)
+        new = restored(plain, reader.type_id, self._pool, weights)
+        return Substitute(
+            rows,
+            step,
+            torch.from_numpy(new).to(rows.device),
+            None if columns is None else torch.from_numpy(columns).to(rows.device),
+            ggml.block_columns(reader.type_id),
+        )
 
-    def _sample_loss(self, s: Float32) -> float:
-        """Squared error of what the readers give for their samples, relative to that, summed over the readers."""
-        errors, sizes = {r.layer: 0.0 for r in self._readers}, {r.layer: 0.0 for r in self._readers}
+    def _samples(self) -> Iterator[_Sample]:
+        """What every candidate is tried on."""
+        for reader in self._readers:
+            size, found = 0.0, []
+            for i, (matrix, x) in enumerate(zip(reader.matrices, reader.inputs, strict=True)):
+                x, _ = spread_rows(x, self._settings.samples * x.shape[1])
+                wanted = x @ spread_rows(matrix, self._settings.values // len(reader.matrices))[0].T
+                size += float(wanted.square().sum())
+                found.append((i, x, wanted))
+            yield from (_Sample(reader, i, x, wanted, size) for i, x, wanted in found if size)
+
+    def _sample_loss(self, s: Float32, samples: Sequence[_Sample]) -> float:
+        """Squared error of what the readers give for their samples, relative to its size, summed over the readers."""
         try:
-            for reader, i, rows, new in self._rounded(s, self._settings.values):
-                x = spread_rows(reader.inputs[i], self._settings.samples * rows.shape[1])
-                errors[reader.layer] += float((x @ (new - rows).T).square().sum())
-                sizes[reader.layer] += float((x @ rows.T).square().sum())
+            return sum(
+                float(
+                    (self._substitute(at.reader, at.index, s, self._settings.values)(at.x) - at.wanted).square().sum()
+                )
+                / at.size
+                for at in samples
+            )
         except QuantizeError:  # scales beyond the type's range
             return math.inf
-        return sum(errors[layer] / size for layer, size in sizes.items() if size)
 
     def _final_loss(self, part: Part, s: Float32 | None) -> float:
         """Squared error of what the part of the block gives, relative to that."""
+        values = self._settings.final_values
         try:
-            rounded = list(self._rounded(s, self._settings.final_values))
+            return part.loss([self._substitute(r, i, s, values) for r in self._readers for i in range(len(r.matrices))])
         except QuantizeError:
             return math.inf
-        with replaced([rows for _, _, rows, _ in rounded], [new for *_, new in rounded]):
-            return part.loss()
 
 
-def spread_rows(matrix: torch.Tensor, values: int) -> torch.Tensor:
-    """A view of evenly spread rows with at most `values` values, or of one; odd steps meet all places within heads."""
+def spread_rows(matrix: torch.Tensor, values: int) -> tuple[torch.Tensor, int]:
+    """A view of evenly spread rows with at most `values` values, or of one, and their distance.
+
+    It is odd, so that all places within heads are met.
+    """
     step = max(1, math.ceil(matrix.numel() / max(values, matrix.shape[1])))
-    return matrix[:: step | 1 if step > 1 else 1]
+    step = step | 1 if step > 1 else 1
+    return matrix[::step], step
 
 
 def _normalized(s: Float64) -> Float32:
