@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ziggurat.converter import families, fold, linears, scale, scale_groups, weights
+from ziggurat.converter import embedding, families, fold, linears, scale, scale_groups, weights
 from ziggurat.converter.checkpoint import Checkpoint
 from ziggurat.converter.depth import Measuring
 from ziggurat.converter.imatrix import Float32, write_imatrix
@@ -25,14 +25,18 @@ from ziggurat.converter.tuning_record import CalibrationRecord, ImportanceRecord
 from ziggurat.converter.upstream import Plan
 
 if TYPE_CHECKING:
+    from ziggurat.converter.calibration_text import CalibrationTokens
     from ziggurat.converter.calibration_work import WorkFolder
     from ziggurat.converter.repair import Fold
-    from ziggurat.converter.tune import BlockStep
+    from ziggurat.converter.tune import BlockStep, TunedModel
 
 logger = logging.getLogger(__name__)
 
 # A matrix product of this many rows tells how fast a pass will be.
 TRIAL_ROWS, TRIAL_COLUMNS = 512, 1024
+
+# Tokens that the importance of the embedding's columns is averaged over.
+EMBEDDING_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Fitted:
 
     plan: Plan
     """With what was found folded in, and the records in its metadata."""
+    columns: Mapping[str, Float32]
+    """What the columns of its tensors are multiplied by, by name; without those that are not."""
     importance: dict[str, Float32] | None
     """What the tensors of `plan` are quantized with, means by tensor: gathered, or the one given."""
     calibration: CalibrationRecord
@@ -79,7 +85,24 @@ def check(checkpoint: Checkpoint) -> None:
 
 def importance_names(checkpoint: Checkpoint, plan: Plan, removed: Collection[int] = ()) -> set[str]:
     """Tensors that a gathered importance matrix will have data for."""
-    return set(linears.tensor_names(checkpoint, plan, removed).values())
+    tensors = linears.tensor_names(checkpoint, plan, removed)
+    return {*tensors.values(), *([embedding.TENSOR] if _has_embedding_entry(plan, tensors) else [])}
+
+
+def _has_embedding_entry(plan: Plan, tensors: Mapping[str, str]) -> bool:
+    """Whether there is an embedding of which nothing else is made: tied to the head, its columns matter otherwise."""
+    return linears.HEAD in tensors and any(tensor.name == embedding.TENSOR for tensor in plan.tensors)
+
+
+def _embedding_importance(model: TunedModel, tokens: CalibrationTokens) -> Float32:
+    import torch
+
+    from ziggurat.converter.calibrate import torch_threads
+
+    block = model.blocks.block(model.kept[0])
+    ids = tokens.ids[: max(1, EMBEDDING_TOKENS // tokens.ids.shape[1])]
+    with torch_threads(1):  # a short sum: the same whatever the number of threads
+        return embedding.column_importance(block, model.blocks.embed(torch.from_numpy(ids.astype("int64"))))
 
 
 def fit(
@@ -124,6 +147,8 @@ def fit(
         for name, experts in gathered.unrouted.items():
             logger.info("%s: no token came to the experts %s, they get the others' mean importance", name, experts)
         matrix, exported = gathered.matrix, None
+        if _has_embedding_entry(plan, tensors):
+            matrix = matrix.with_entry(embedding.TENSOR, _embedding_importance(model, tokens))
         if settings.export is not None:
             write_imatrix(settings.export, matrix)
             exported = settings.export.name
@@ -131,24 +156,22 @@ def fit(
         record = ImportanceRecord(len(importance), matrix.chunks, tokens.source, exported, gathered.unrouted)
         metadata.update(record.metadata())
     plan, scaled = dataclasses.replace(plan, metadata=metadata), None
+    columns: dict[str, Float32] = {}
     if groups:
-        plan, importance, scaled = _scaled(plan, groups, finished, importance)
-    return Fitted(plan, importance, calibration, record, scaled)
+        plan, columns, scaled = _scaled(plan, groups, finished)
+        importance = None if importance is None else fold.scaled_importance(importance, columns)
+    return Fitted(plan, columns, importance, calibration, record, scaled)
 
 
-def _scaled(
-    plan: Plan, groups: Sequence[Group], finished: WorkFolder, importance: dict[str, Float32] | None
-) -> tuple[Plan, dict[str, Float32] | None, ScalesRecord]:
-    """The plan with the scales that were found, the importance matrix of its tensors, and what to tell of them."""
+def _scaled(plan: Plan, groups: Sequence[Group], finished: WorkFolder) -> tuple[Plan, dict[str, Float32], ScalesRecord]:
+    """The plan with the scales that were found, what they multiply columns by, and what to tell of them."""
     from ziggurat.converter.tune import found
 
     arrays = {place: found(finished.block(place), scale.NAME) for place in range(finished.finished)}
     scales = {place: scale.scales(of_block) for place, of_block in arrays.items()}
-    record = ScalesRecord.of(arrays)
-    if importance is not None:
-        importance = fold.scaled_importance(importance, fold.column_scales(plan, groups, scales))
+    record, columns = ScalesRecord.of(arrays), fold.column_scales(plan, groups, scales)
     plan = fold.fold(plan, groups, scales)
-    return dataclasses.replace(plan, metadata={**plan.metadata, **record.metadata()}), importance, record
+    return dataclasses.replace(plan, metadata={**plan.metadata, **record.metadata()}), columns, record
 
 
 def add_cost(estimate: Estimate, plan: Plan, measuring: Measuring) -> Estimate:
