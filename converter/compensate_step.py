@@ -47,6 +47,30 @@ class TensorLoss:
 
 
 @dataclass(frozen=True)
+class Given:
+    """A `tune.BlockStep` that gives what an earlier pass found."""
+
+    name: str
+    arrays: Mapping[int, Arrays]
+    """By place."""
+
+    grams = False
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """A hash of what it gives."""
+        digest = hashlib.sha256()
+        for place, arrays in sorted(self.arrays.items()):
+            for key, array in sorted(arrays.items()):
+                digest.update(f"{place} {key}\n".encode() + np.ascontiguousarray(array).tobytes())
+        return {"given": digest.hexdigest()}
+
+    def __call__(self, captured: Captured) -> dict[str, npt.NDArray[Any]]:
+        """What was found for a block."""
+        return dict(self.arrays.get(captured.place, {}))
+
+
+@dataclass(frozen=True)
 class Compensation:
     """A `tune.BlockStep` that quantizes the matrices of each block with their errors compensated.
 

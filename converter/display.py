@@ -6,8 +6,10 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
+from ziggurat.converter.mix_record import MixRecord
 from ziggurat.converter.report import Estimate, Report
 
 # Without a terminal, a line of progress this often.
@@ -127,3 +129,14 @@ def fitted_text(report: Report) -> str:
         named = f"{', '.join(map(str, experts[:4]))}{', …' if len(experts) > 4 else ''} of {first}"
         text += f"; {count} matrices of experts that no token came to have the others' mean ({named}, …)"
     return text
+
+
+def mix_table(mix: MixRecord) -> Table:
+    """Which types the tensors of each kind have, and which share of the loss is theirs."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("tensors", "types chosen", "size", "share of loss"):
+        table.add_column(heading, justify="right" if heading in ("size", "share of loss") else "left")
+    for name, kind in mix.kinds.items():
+        types = ", ".join(f"{count} {type_name}" for type_name, count in kind.types.items())
+        table.add_row(name, types, size_text(kind.bytes), f"{kind.share:.0%}")
+    return table

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ziggurat.converter import compensate_step, families, fold, linears, scale, scale_groups, weights
+from ziggurat.converter import compensate_step, embedding, families, fold, linears, scale, scale_groups, weights
 from ziggurat.converter.checkpoint import Checkpoint
-from ziggurat.converter.compensate_step import Arrays, Compensation
+from ziggurat.converter.compensate_step import Arrays, Compensation, Given
 from ziggurat.converter.depth import Measuring
 from ziggurat.converter.imatrix import Float32, write_imatrix
 from ziggurat.converter.report import Estimate
@@ -26,14 +26,18 @@ from ziggurat.converter.tuning_record import CalibrationRecord, CompensationReco
 from ziggurat.converter.upstream import Plan
 
 if TYPE_CHECKING:
+    from ziggurat.converter.calibration_text import CalibrationTokens
     from ziggurat.converter.calibration_work import WorkFolder
     from ziggurat.converter.repair import Fold
-    from ziggurat.converter.tune import BlockStep
+    from ziggurat.converter.tune import BlockStep, TunedModel
 
 logger = logging.getLogger(__name__)
 
 # A matrix product of this many rows tells how fast a pass will be.
 TRIAL_ROWS, TRIAL_COLUMNS = 512, 1024
+
+# Tokens that the importance of the embedding's columns is averaged over.
+EMBEDDING_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class FitSettings:
         """Whether the pass is needed at all."""
         return self.importance or self.awq
 
+    @property
+    def compensates(self) -> bool:
+        """Whether errors are compensated."""
+        return self.awq and self.compensate
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -61,6 +70,8 @@ class Fitted:
 
     plan: Plan
     """With what was found folded in, and the records in its metadata."""
+    columns: Mapping[str, Float32]
+    """What the columns of its tensors are multiplied by, by name; without those that are not."""
     importance: dict[str, Float32] | None
     """What the tensors of `plan` are quantized with, means by tensor: gathered, or the one given."""
     calibration: CalibrationRecord
@@ -68,8 +79,10 @@ class Fitted:
     """Of the importance matrix; None: none was gathered."""
     scales: ScalesRecord | None
     """None: none were searched."""
-    compensation: CompensationRecord | None
+    compensation: CompensationRecord | None = None
     """None: errors were not compensated."""
+    found: Mapping[int, Arrays] = dataclasses.field(default_factory=dict)
+    """What the search for scales found, by place."""
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -84,7 +97,24 @@ def check(checkpoint: Checkpoint) -> None:
 
 def importance_names(checkpoint: Checkpoint, plan: Plan, removed: Collection[int] = ()) -> set[str]:
     """Tensors that a gathered importance matrix will have data for."""
-    return set(linears.tensor_names(checkpoint, plan, removed).values())
+    tensors = linears.tensor_names(checkpoint, plan, removed)
+    return {*tensors.values(), *([embedding.TENSOR] if _has_embedding_entry(plan, tensors) else [])}
+
+
+def _has_embedding_entry(plan: Plan, tensors: Mapping[str, str]) -> bool:
+    """Whether there is an embedding of which nothing else is made: tied to the head, its columns matter otherwise."""
+    return linears.HEAD in tensors and any(tensor.name == embedding.TENSOR for tensor in plan.tensors)
+
+
+def _embedding_importance(model: TunedModel, tokens: CalibrationTokens) -> Float32:
+    import torch
+
+    from ziggurat.converter.calibrate import torch_threads
+
+    block = model.blocks.block(model.kept[0])
+    ids = tokens.ids[: max(1, EMBEDDING_TOKENS // tokens.ids.shape[1])]
+    with torch_threads(1):  # a short sum: the same whatever the number of threads
+        return embedding.column_importance(block, model.blocks.embed(torch.from_numpy(ids.astype("int64"))))
 
 
 def fit(
@@ -107,13 +137,12 @@ def fit(
         CalibrationError: hidden states are no numbers, the folder is of other inputs, or there is no room.
         OutputError: the importance matrix cannot be exported.
     """
-    from ziggurat.converter.blocks import Blocks
     from ziggurat.converter.importance import gather
-    from ziggurat.converter.tune import TunedModel, tune
+    from ziggurat.converter.tune import tune
 
     tokens, how = measuring.tokens, measuring.settings
-    tensors = linears.tensor_names(measuring.checkpoint, plan, removed)
-    model = TunedModel(Blocks(measuring.checkpoint, how.device, how.dtype), tensors, removed, folds or {})
+    model = _model(plan, measuring, removed, folds)
+    tensors = model.tensors
     groups = scale_groups.find(measuring.checkpoint) if settings.awq else ()
     steps: list[BlockStep] = []
     target = {tensor.name: type_id for tensor, type_id in zip(plan.tensors, types, strict=True)}
@@ -121,7 +150,7 @@ def fit(
     if groups:
         threads = how.threads or len(os.sched_getaffinity(0))
         steps.append(ScaleSearch(groups, target, plan.model_shape(), weighted, importance, threads=threads))
-    if settings.awq and settings.compensate:
+    if settings.compensates:
         steps.append(Compensation(plan, target, groups, weighted, importance))
     finished = tune(model, tokens, steps, how, measuring.progress)
     calibration = CalibrationRecord(tokens.source, tokens.ids.size, tokens.ids.shape[1], tokens.sha256)
@@ -131,23 +160,53 @@ def fit(
         for name, experts in gathered.unrouted.items():
             logger.info("%s: no token came to the experts %s, they get the others' mean importance", name, experts)
         matrix, exported = gathered.matrix, None
+        if _has_embedding_entry(plan, tensors):
+            matrix = matrix.with_entry(embedding.TENSOR, _embedding_importance(model, tokens))
         if settings.export is not None:
             write_imatrix(settings.export, matrix)
             exported = settings.export.name
         importance = matrix.means
         record = ImportanceRecord(len(importance), matrix.chunks, tokens.source, exported, gathered.unrouted)
         metadata.update(record.metadata())
-    plan, scaled = dataclasses.replace(plan, metadata=metadata), None
+    fitted = Fitted(dataclasses.replace(plan, metadata=metadata), {}, importance, calibration, record, None)
     if groups:
-        plan, importance, scaled = _scaled(plan, groups, finished, importance)
-    compensated = None
-    if settings.awq and settings.compensate:
-        plan, compensated = _compensated(plan, target, finished)
-    return Fitted(plan, importance, calibration, record, scaled, compensated)
+        fitted = _scaled(fitted, groups, finished)
+    return _compensated(fitted, target, finished) if settings.compensates else fitted
 
 
-def _compensated(plan: Plan, target: Mapping[str, int], finished: WorkFolder) -> tuple[Plan, CompensationRecord]:
-    """The plan with the tensors that were quantized in the pass, and what to tell of them."""
+def compensate(
+    fitted: Fitted, plan: Plan, types: Sequence[int], settings: FitSettings, measuring: Measuring, *,
+    importance: dict[str, Float32] | None = None,
+    removed: tuple[int, ...] = (), folds: Mapping[int, Fold] | None = None,
+) -> Fitted:  # fmt: skip
+    """Compensate errors in a pass of its own: where types are chosen with the scales that `fit` found.
+
+    Args:
+        fitted: without compensation.
+        plan: what that was made of.
+        types: what the tensors will be quantized to.
+        settings: those of `fit`.
+        measuring: the same.
+        importance: the same.
+        removed: the same.
+        folds: the same.
+
+    Raises:
+        CalibrationError: as `fit`.
+        QuantizeError: a tensor has values that its type cannot hold.
+    """
+    from ziggurat.converter.tune import tune
+
+    groups, model = scale_groups.find(measuring.checkpoint), _model(plan, measuring, removed, folds)
+    target = {tensor.name: type_id for tensor, type_id in zip(plan.tensors, types, strict=True)}
+    weighted = settings.importance or importance is not None
+    steps: list[BlockStep] = [Given(scale.NAME, fitted.found), Compensation(plan, target, groups, weighted, importance)]
+    finished = tune(model, measuring.tokens, steps, measuring.settings, measuring.progress, stage="compensation")
+    return _compensated(fitted, target, finished)
+
+
+def _compensated(fitted: Fitted, target: Mapping[str, int], finished: WorkFolder) -> Fitted:
+    """With the tensors that were quantized in a pass."""
     from ziggurat.converter.tune import found
 
     def of_place(place: int) -> Arrays:
@@ -155,23 +214,39 @@ def _compensated(plan: Plan, target: Mapping[str, int], finished: WorkFolder) ->
 
     losses = [loss for place in range(finished.finished) for loss in compensate_step.losses(of_place(place))]
     record = CompensationRecord.of(losses)
-    plan = compensate_step.substituted(plan, target, of_place, finished.finished)
-    return dataclasses.replace(plan, metadata={**plan.metadata, **record.metadata()}), record
+    plan = compensate_step.substituted(fitted.plan, target, of_place, finished.finished)
+    plan = dataclasses.replace(plan, metadata={**plan.metadata, **record.metadata()})
+    return dataclasses.replace(fitted, plan=plan, compensation=record)
 
 
-def _scaled(
-    plan: Plan, groups: Sequence[Group], finished: WorkFolder, importance: dict[str, Float32] | None
-) -> tuple[Plan, dict[str, Float32] | None, ScalesRecord]:
-    """The plan with the scales that were found, the importance matrix of its tensors, and what to tell of them."""
+def _scaled(fitted: Fitted, groups: Sequence[Group], finished: WorkFolder) -> Fitted:
+    """With the scales that were found folded in."""
     from ziggurat.converter.tune import found
 
     arrays = {place: found(finished.block(place), scale.NAME) for place in range(finished.finished)}
     scales = {place: scale.scales(of_block) for place, of_block in arrays.items()}
-    record = ScalesRecord.of(arrays)
-    if importance is not None:
-        importance = fold.scaled_importance(importance, fold.column_scales(plan, groups, scales))
-    plan = fold.fold(plan, groups, scales)
-    return dataclasses.replace(plan, metadata={**plan.metadata, **record.metadata()}), importance, record
+    record, columns = ScalesRecord.of(arrays), fold.column_scales(fitted.plan, groups, scales)
+    plan = fold.fold(fitted.plan, groups, scales)
+    importance = None if fitted.importance is None else fold.scaled_importance(fitted.importance, columns)
+    return dataclasses.replace(
+        fitted,
+        plan=dataclasses.replace(plan, metadata={**plan.metadata, **record.metadata()}),
+        columns=columns,
+        importance=importance,
+        scales=record,
+        found=arrays,
+    )
+
+
+def _model(
+    plan: Plan, measuring: Measuring, removed: tuple[int, ...], folds: Mapping[int, Fold] | None
+) -> TunedModel:  # fmt: skip
+    from ziggurat.converter.blocks import Blocks
+    from ziggurat.converter.tune import TunedModel
+
+    tensors = linears.tensor_names(measuring.checkpoint, plan, removed)
+    blocks = Blocks(measuring.checkpoint, measuring.settings.device, measuring.settings.dtype)
+    return TunedModel(blocks, tensors, removed, folds or {})
 
 
 def add_cost(estimate: Estimate, plan: Plan, measuring: Measuring) -> Estimate:

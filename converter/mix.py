@@ -66,10 +66,12 @@ def target(bpw: float | None, size: str | None) -> Target | None:
         return Target(bits_per_weight=bpw)
     if size is None:
         return None
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]+)\s*", size, re.IGNORECASE)
-    unit = UNITS.get(match[2].upper()) if match else None
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]*)\s*", size, re.IGNORECASE)
+    unit = UNITS.get(match[2].upper() or "B") if match else None
     if match is None or unit is None or float(match[1]) == 0:
-        raise ConvertError(f"--size {size!r} is no size: give a number and a unit, such as 33GB (10^9 bytes) or 33GiB")
+        raise ConvertError(
+            f"--size {size!r} is no size: give a number of bytes, such as 33GB (10^9 each) or 33GiB (2^30 each)"
+        )
     return Target(bytes=int(float(match[1]) * unit))
 
 

@@ -74,7 +74,7 @@ class Quantizing:
 
     types: Sequence[int]
     importance: Float32 | None = None
-    """Of its columns: [experts or 1, columns]."""
+    """Of its scaled columns: [experts or 1, columns]."""
     scales: Float32 | None = None
     """What its columns are multiplied by before: [experts or 1, columns]."""
 
@@ -84,8 +84,10 @@ class Quantizing:
 
         values = rows.float().cpu().numpy()
         importance, scales = _of(self.importance, expert), _of(self.scales, expert)
-        new = restored(values, type_id, pool, scales=scales, importance=importance)
-        return torch.from_numpy(new - values).to(rows.device)
+        if scales is None:
+            return torch.from_numpy(restored(values, type_id, pool, importance) - values).to(rows.device)
+        scaled = values * scales
+        return torch.from_numpy((restored(scaled, type_id, pool, importance) - scaled) / scales).to(rows.device)
 
 
 def _of(values: Float32 | None, expert: int) -> Float32 | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter import calibration_work, mix_losses, products, surgery
+from ziggurat.converter import calibration_work, embedding, mix_losses, products, surgery
 from ziggurat.converter.block_pass import Batches, BlockPass
 from ziggurat.converter.calibrate import CalibrateSettings, CalibrationProgress, Silent, torch_threads
 from ziggurat.converter.calibration_text import CalibrationTokens
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 COARSE_BELOW = 4.25
 COARSE = 10  # Q2_K
 
-EMBEDDING_TENSOR = "token_embd.weight"
-
 # Tokens whose logits are held at a time.
 LOGIT_TOKENS = 256
 
@@ -59,20 +57,10 @@ class MixSettings:
     losses: LossSettings = LossSettings()
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Losses by tensor of the GGUF."""
-
-    types: Mapping[str, Sequence[int]]
-    """The ggml types that it could have."""
-    losses: Mapping[str, Float64]
-    """Nats per token that each costs."""
-
-
 def measure(
     model: TunedModel, wanted: Mapping[str, Quantizing], tokens: CalibrationTokens, settings: MixSettings,
     calibrate: CalibrateSettings, progress: CalibrationProgress | None = None,
-) -> Measured:  # fmt: skip
+) -> dict[str, Float64]:  # fmt: skip
     """Measure the losses of tensors by type.
 
     The same inputs give the same losses, bit for bit, on the same machine, interrupted or not.
@@ -84,6 +72,9 @@ def measure(
         settings: how.
         calibrate: device, threads; `work` is where the passes leave off.
         progress: who is told; a step is a token that went through a block.
+
+    Returns:
+        By tensor, nats per token that each of its types costs.
 
     Raises:
         CalibrationError: hidden states are no numbers, the folder is of other inputs, or there is no room.
@@ -104,8 +95,7 @@ def measure(
         steps = _Steps(model, wanted, part, settings, pool)
         if backward.finished == 0:
             steps.forward(dataclasses.replace(calibrate, keep_hidden=True), forward, progress)
-        found = steps.backward(forward, backward, progress)
-    return Measured({name: how.types for name, how in wanted.items() if name in found}, found)
+        return steps.backward(forward, backward, progress)
 
 
 def _identity(
@@ -153,9 +143,7 @@ class _Steps:
 
         BlockPass(self._blocks, self._tokens, windows, settings, work).run(self._kept, visit, progress, prepare=prepare)
 
-    def backward(
-        self, forward: WorkFolder, work: WorkFolder, progress: CalibrationProgress
-    ) -> dict[str, npt.NDArray[Any]]:
+    def backward(self, forward: WorkFolder, work: WorkFolder, progress: CalibrationProgress) -> dict[str, Float64]:
         """Losses of all tensors: of the head first, then from the last block to the first, then of the embedding."""
         n = len(self._kept)
         progress.stage("sensitivity, backward", (n + 1 - work.finished) * self._tokens.ids.size)
@@ -270,7 +258,7 @@ class _Steps:
                 back[i : i + LOGIT_TOKENS] = (g.to(blocks.dtype) @ matrix.to(blocks.dtype)).to(back.dtype)
             new.write(sequence, torch.autograd.grad(normed, states, back.view_as(normed))[0])
             inputs.append(read)
-        tensor = HEAD_TENSOR if HEAD_TENSOR in self._wanted else EMBEDDING_TENSOR
+        tensor = HEAD_TENSOR if HEAD_TENSOR in self._wanted else embedding.TENSOR
         found = {}
         if tensor in self._wanted:
             mass *= matrix.float().square().sum(1)
@@ -299,7 +287,7 @@ class _Steps:
         """Losses of the token embedding, from the gradients before the first block."""
         import torch
 
-        if EMBEDDING_TENSOR not in self._wanted:
+        if embedding.TENSOR not in self._wanted:
             return {}
         ids, sequences = self._tokens.ids, self._shape[0]
         unique = np.unique(ids)
@@ -307,9 +295,9 @@ class _Steps:
         states, back = first.read(0, sequences), gradients.read(0, sequences)
         factor = _embedding_factor(ids, unique, rows, states)
         losses = mix_losses.embedding_losses(
-            ids, rows, unique, back * factor, self._wanted[EMBEDDING_TENSOR], self._pool
+            ids, rows, unique, back * factor, self._wanted[embedding.TENSOR], self._pool
         )
-        return {EMBEDDING_TENSOR: losses}
+        return {embedding.TENSOR: losses}
 
 
 def _embedding_factor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import time
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter import depth, fitting, hub, quantize, recipes, surgery, upstream
+from ziggurat.converter import depth, fitting, hub, mixing, quantize, recipes, surgery, upstream
 from ziggurat.converter.calibrate import CalibrateSettings
 from ziggurat.converter.calibration_text import TextSettings
 from ziggurat.converter.calibration_work import discard
@@ -22,17 +23,23 @@ from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.errors import ConvertError, ImatrixError, OutputError, TokenizerError
 from ziggurat.converter.imatrix import read_imatrix
 from ziggurat.converter.loadable import check_loadable
+from ziggurat.converter.mix import Target
 from ziggurat.converter.prune import PruneSettings
 from ziggurat.converter.report import Estimate, Report, estimate, peak_memory_bytes, share_by_type, write_json
+from ziggurat.converter.tuning_record import CompensationRecord
 from ziggurat.converter.write import GGUFFile, check_target, real
+
+DEFAULT_TYPE = "q4_k_m"
 
 
 @dataclass(frozen=True)
 class ConvertSettings:
     """How to convert; the defaults are those of the command."""
 
-    type: str = "q4_k_m"
+    type: str = DEFAULT_TYPE
     """A key of `recipes.FTYPES`."""
+    size: Target | None = None
+    """Choose types by measured losses for a file of this size instead."""
     imatrix: Path | None = None
     """Importance matrix in llama.cpp's GGUF form."""
     gather_imatrix: bool = True
@@ -124,46 +131,72 @@ def convert(
         raise TokenizerError(f"a tokenizer of the kind {kind!r} has no pre-tokenizer to name: leave --pre out")
     _check_importance(plan, importance)
     wanted = _fit_settings(settings)
-    if wanted.needed:
+    if wanted.needed or settings.size is not None:
         fitting.check(checkpoint)
     threads = settings.threads or len(os.sched_getaffinity(0))
     work, shape = work_folder(out), plan.model_shape()
     calibrate = CalibrateSettings(device=settings.device, threads=settings.threads, work=work)
     measuring = depth.Measuring(checkpoint, settings.calibration, calibrate, progress)
 
-    def choose_types(removed: tuple[int, ...] = ()) -> list[int]:
+    def choose_types(removed: tuple[int, ...] = ()) -> tuple[str, list[int], mixing.Mixer | None]:
         names = fitting.importance_names(checkpoint, plan, removed) if wanted.importance else importance
-        return recipes.choose(plan, settings.type, imatrix=names, shape=shape)
+        if settings.size is None:
+            return settings.type, recipes.choose(plan, settings.type, imatrix=names, shape=shape), None
+        recipe = mixing.nearest_recipe(plan, settings.size, names, shape)
+        types = recipes.choose(plan, recipe, imatrix=names, shape=shape)
+        measured = mixing.measurable(measuring, plan, removed)
+        return recipe, types, mixing.Mixer(settings.size, plan, types, measured, names or ())
 
-    types, pruned = choose_types(), None
+    (recipe, types, mixer), pruned = choose_types(), None
     if settings.prune is not None:
         n_layer = surgery.block_count(plan)
         pruned = depth.prune(checkpoint, plan, settings.prune, measuring)
         plan = pruned.plan
         if importance is not None:
             importance = surgery.renumber_keys(importance, n_layer, pruned.record.blocks)
-        types = choose_types(pruned.record.blocks)
+        recipe, types, mixer = choose_types(pruned.record.blocks)
 
     def planned(file: GGUFFile) -> None:
         file.write_header()
         check_loadable(file.partial)
+        if mixer is not None:
+            mixer.capacity(file.header_bytes)
         weighted = wanted.importance or importance is not None
         expected = estimate(plan, types, file.sizes, checkpoint.nbytes, threads=threads, weighted=weighted)
         progress.planned(fitting.add_cost(expected, plan, measuring) if wanted.needed else expected)
 
-    layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
-    fitted = None
+    def open_file() -> GGUFFile:
+        layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
+        return GGUFFile(out, plan.arch, _metadata(plan, settings, recipe), layout)
+
+    fitted = mixed = None
+    removed, folds = ((), {}) if pruned is None else (pruned.record.blocks, pruned.folds)
+    measured = wanted.needed or mixer is not None
+    if measured:
+        with open_file() as file:  # what it refuses, it refuses now
+            planned(file)
+    whole, given = plan, importance
     if wanted.needed:
-        with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:  # what it refuses, it refuses now
-            planned(file)
-        removed, folds = ((), {}) if pruned is None else (pruned.record.blocks, pruned.folds)
-        fitted = fitting.fit(plan, types, wanted, measuring, importance=importance, removed=removed, folds=folds)
+        first = wanted if mixer is None else dataclasses.replace(wanted, compensate=False)
+        fitted = fitting.fit(plan, types, first, measuring, importance=given, removed=removed, folds=folds)
         plan, importance = fitted.plan, fitted.importance
-    with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:
-        if fitted is None:
-            planned(file)
-        else:
+    if mixer is not None:
+        if wanted.compensates:  # as long as what will be said of it
+            plan = dataclasses.replace(plan, metadata={**plan.metadata, **CompensationRecord(0, 0).metadata()})
+        with open_file() as file:  # for the length of what comes before the tensors
             file.write_header()
+        columns = {} if fitted is None else fitted.columns
+        types, mixed = mixer.choose(file.header_bytes, measuring, importance, columns, removed=removed, folds=folds)
+        if fitted is not None and wanted.compensates:
+            fitted = fitting.compensate(
+                fitted, whole, types, wanted, measuring, importance=given, removed=removed, folds=folds
+            )
+            plan = fitted.plan
+    with open_file() as file:
+        if measured:
+            file.write_header()
+        else:
+            planned(file)
         with contextlib.closing(quantize.stream(plan.tensors, types, threads=threads, importance=importance)) as slabs:
             for slab in slabs:
                 file.write(slab.data)
@@ -176,7 +209,7 @@ def convert(
         output=str(out),
         architecture=plan.arch,
         name=str(plan.value("general.name", "")),
-        type=settings.type,
+        type=settings.type if mixed is None else f"a mix nearest to {recipe}",
         tokenizer=str(plan.value("tokenizer.ggml.model", "")),
         pre_tokenizer=plan.value("tokenizer.ggml.pre"),
         parameters=plan.parameters,
@@ -192,6 +225,7 @@ def convert(
         importance=None if fitted is None else fitted.record,
         scales=None if fitted is None else fitted.scales,
         compensation=None if fitted is None else fitted.compensation,
+        mix=mixed,
     )
     if settings.report is not None:
         write_json(settings.report, report.to_json())
@@ -240,13 +274,15 @@ def _check_names(settings: ConvertSettings) -> None:
             raise ConvertError(f"--{option} is empty or no text: give another, or leave it out")
 
 
-def _metadata(plan: upstream.Plan, settings: ConvertSettings) -> dict[str, Any]:
+def _metadata(plan: upstream.Plan, settings: ConvertSettings, recipe: str) -> dict[str, Any]:
     """Upstream's metadata with the final file type, and what llama.cpp's quantizer notes about an importance matrix."""
     from llama_cpp import _gguf as gguf
 
     metadata = dict(plan.metadata)
-    if settings.type not in recipes.FLOAT_TYPES:
-        ftype = recipes.FTYPES[settings.type]
+    if settings.size is not None:
+        metadata.update(mixing.metadata(settings.size))
+    if recipe not in recipes.FLOAT_TYPES:
+        ftype = recipes.FTYPES[recipe]
         metadata["general.file_type"] = gguf.GGUFValue(ftype, gguf.GGUFValueType.UINT32)
     if settings.imatrix is not None:
         metadata["quantize.imatrix.file"] = gguf.GGUFValue(settings.imatrix.name, gguf.GGUFValueType.STRING)

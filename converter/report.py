@@ -16,6 +16,7 @@ import psutil
 
 from ziggurat.converter import ggml
 from ziggurat.converter.errors import OutputError
+from ziggurat.converter.mix_record import MixRecord
 from ziggurat.converter.prune_record import PruneRecord
 from ziggurat.converter.quantize import BF16, F16, F32
 from ziggurat.converter.tuning_record import CalibrationRecord, CompensationRecord, ImportanceRecord, ScalesRecord
@@ -75,6 +76,8 @@ class Report:
     """The activation-aware scales; None: none were searched."""
     compensation: CompensationRecord | None = None
     """The tensors whose errors were compensated; None: none were."""
+    mix: MixRecord | None = None
+    """Types chosen for a size; None: those of the recipe `type`."""
 
     def to_json(self) -> str:
         """The report as JSON text."""

@@ -117,7 +117,7 @@ class TunedModel:
 
 def tune(
     model: TunedModel, tokens: CalibrationTokens, steps: Sequence[BlockStep], settings: CalibrateSettings,
-    progress: CalibrationProgress | None = None,
+    progress: CalibrationProgress | None = None, *, stage: str = "tuning",
 ) -> WorkFolder:  # fmt: skip
     """Run the calibration text through the model, and the steps on every block.
 
@@ -130,6 +130,7 @@ def tune(
         steps: in order; each sees what those before it found.
         settings: device, memory and batches; in `work`, which is not None, the arrays stay.
         progress: who is told; a step is a token that went through a block.
+        stage: what it is called, and its folder in `work`.
 
     Returns:
         The folder, of whose places `block` reads the figures: statistics as `activations.pack` has them, and the
@@ -141,10 +142,10 @@ def tune(
     assert settings.work is not None
     progress = progress or Silent()
     parts = split(tokens, settings.batch_tokens)
-    folder, inputs = settings.work / "tuning", _identity(model, tokens, steps, settings)
-    with torch_threads(settings.threads), WorkFolder(folder, inputs, "tuning") as work:
+    folder, inputs = settings.work / stage, _identity(model, tokens, steps, settings)
+    with torch_threads(settings.threads), WorkFolder(folder, inputs, stage) as work:
         kept = model.kept
-        progress.stage("tuning", (len(kept) - work.finished) * tokens.ids.size)
+        progress.stage(stage, (len(kept) - work.finished) * tokens.ids.size)
         visitor = _Visitor(model, parts, steps)
         BlockPass(model.blocks, parts.tokens, parts.all, settings, work).run(
             kept, visitor.visit, progress, prepare=visitor.prepare

@@ -79,7 +79,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[..., Pa
 
 
 def in_eight_bits(scales: torch.Tensor) -> Callable[..., tuple[torch.Tensor]]:
-    """A hook that rounds scaled inputs as the kernels of the K types do: integers up to 127 times one number per 256."""
+    """A hook that rounds scaled inputs as kernels of the K types do: integers up to 127 times a number per 256."""
 
     def hook(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         blocks = (args[0] / scales).unflatten(-1, (-1, 256))
