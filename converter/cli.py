@@ -162,8 +162,11 @@ def _with_kept(message: str, out: Path | None) -> str:
     from ziggurat.converter.calibration_work import kept_text
     from ziggurat.converter.pipeline import work_folder
 
-    work = work_folder(out)
-    return message if str(work) in message else message + kept_text(work)
+    with contextlib.suppress(OSError):  # a name that no file can have
+        work = work_folder(out)
+        if str(work) not in message:
+            return message + kept_text(work)
+    return message
 
 
 def _fail(console: Console, message: str, code: int = 1) -> NoReturn:
