@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ziggurat.converter import products
+
 if TYPE_CHECKING:
     import torch
 
     from ziggurat.converter.blocks import Block
 
 Float64 = npt.NDArray[np.float64]
-
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -92,72 +91,20 @@ class Collector:
     @contextmanager
     def watching(self, block: Block) -> Iterator[None]:
         """Gather what goes into the linear layers of `block` in calls meanwhile."""
-        import torch
-
-        handles = []
-        for path, module in block.layer.named_modules():
-            if getattr(getattr(module, "weight", None), "ndim", 0) == 2:  # linear layers, GPT-2's Conv1D, routers
-                handles.append(module.register_forward_pre_hook(self._hook(block, path)))
-            elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
-                module.forward = self._watched(block, module, path)
         try:
-            yield
+            with products.watching(block, self._see):
+                yield
         finally:
             self._last = None
-            for handle in handles:
-                handle.remove()
-            for _, module in block.layer.named_modules():
-                module.__dict__.pop("forward", None)
 
-    def _hook(self, block: Block, path: str) -> Any:
-        name, expert = block.stored_name(path), None
-        if match := EXPERT.search(name):
-            name, expert = EXPERT.sub(".experts.", name), int(match[1])
-        experts = _count_experts(block, path) if expert is not None else None
-
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
-            self._add((name,), args[0], expert, experts)
-
-        return hook
-
-    def _watched(self, block: Block, module: Any, path: str) -> Any:
-        """The forward method of fused experts, each of whose products with a part of the fused tensor is seen."""
-        import torch
-        from torch.overrides import TorchFunctionMode
-
-        family = block.family.experts
-        assert family is not None
-        place = f"{block.prefix}{family.module}.experts."
-        fused = [
-            (module.gate_up_proj, (place + family.gate, place + family.up)),
-            (module.down_proj, (place + family.down,)),
-        ]
-        forward, add = module.forward, self._add
-
-        class Watch(TorchFunctionMode):
-            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if func is torch.nn.functional.linear:
-                    for tensor, names in fused:
-                        offset = args[1].data_ptr() - tensor.data_ptr()
-                        size = tensor[0].numel() * tensor.element_size()
-                        if 0 <= offset < size * len(tensor):
-                            add(names, args[0], offset // size, len(tensor))
-                return func(*args, **(kwargs or {}))
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with Watch():
-                return forward(*args, **kwargs)
-
-        return watched
-
-    def _add(self, names: tuple[str, ...], x: Any, expert: int | None, experts: int | None) -> None:
+    def _see(self, layers: tuple[str, ...], x: Any, out: Any, expert: int | None, experts: int | None) -> None:
         if self._last is None or self._last[0] is not x:  # q, k and v, gate and up look at the same input
             flat = x.detach().reshape(-1, x.shape[-1]).float()
-            self._last = x, names[0], _column_sums(flat)
+            self._last = x, layers[0], _column_sums(flat)
             if self._observer is not None:
-                self._observer.add(names[0], flat, expert, experts)
+                self._observer.add(layers[0], flat, expert, experts)
         _, leader, (absolute_sum, squares_sum, count) = self._last
-        for name in names:
+        for name in layers:
             self.leaders[name] = leader
             if name not in self._sums:
                 self._sums[name] = _Sums(experts, x.shape[-1])
@@ -165,15 +112,6 @@ class Collector:
             sums.absolute[place] += absolute_sum
             sums.squares[place] += squares_sum
             sums.count[place] += count
-
-
-def _count_experts(block: Block, path: str) -> int:
-    module = block.layer
-    for part in path.split("."):
-        module = getattr(module, part)
-        if part == "experts":
-            return len(module)
-    raise AssertionError(path)
 
 
 def channel_statistics(x: torch.Tensor) -> ChannelStatistics:

@@ -8,13 +8,11 @@ family's rules are repeated here.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from ziggurat.converter import families, weights
+from ziggurat.converter import families, skeleton, weights
 from ziggurat.converter.checkpoint import Checkpoint
-from ziggurat.converter.errors import CheckpointError, ConvertError, LibraryError
+from ziggurat.converter.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +24,6 @@ COMPUTED = (".inv_freq", ".attn.bias", ".attn.masked_bias")
 
 # Bytes of the head's matrix that are turned into the computing type at a time.
 HEAD_BYTES = 1 << 26
-
-
-class _Prepared(Exception):
-    """Ends a forward pass when the last recorder has what it wants."""
 
 
 class Block:
@@ -73,12 +67,12 @@ class Block:
             if bias is not None:
                 bias.copy_(torch.from_numpy(fold.bias(bias.float().cpu().numpy())))
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, *, differentiable: bool = False) -> torch.Tensor:
         """Hidden states behind the block: shape [sequences, positions, n_embd] like those before it."""
         import torch
 
         args, kwargs = self._blocks.call_arguments(*hidden.shape[:2])[self.index]
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             out = self.layer(hidden, *args, **kwargs)
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -112,36 +106,15 @@ class Blocks:
         """
         self.checkpoint, self.family = checkpoint, families.find(checkpoint)
         weights.refuse_quantized(checkpoint)
-        try:
-            import torch
-            import transformers
-        except ImportError as e:
-            raise LibraryError(f"{e.name} is not installed: `pip install 'ziggurat[convert]'`") from e
-        self.device, self.dtype = _device(device), getattr(torch, dtype)
-        try:
-            config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-            config.use_cache = False
-            with _without_weights():
-                model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=self.family.attention)
-        except Exception as e:  # transformers checks configurations with errors of many kinds
-            raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'} is refused by transformers ({type(e).__name__}: {e})"
-            ) from e
-        if type(model).__name__ != checkpoint.architecture:
-            raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'} names {checkpoint.architecture}, its model_type belongs to "
-                f"{type(model).__name__}: correct one of them"
-            )
-        for module in model.modules():  # fused experts one by one, so that each one's input can be seen
-            if hasattr(module, "config") and hasattr(module.config, "_experts_implementation"):
-                module.config._experts_implementation = "eager"
-        self._config, self._model = config, model.eval().requires_grad_(False)
+        self.device, self.dtype = skeleton.place(device, dtype)
+        config, model = skeleton.build(checkpoint, self.family)
+        self._config, self._model = config, model
         self._base = getattr(model, model.base_model_prefix)
         self._layers = list(getattr(self._base, self.family.layers))
         self._prefix = self._stored_prefix(model.base_model_prefix)
         self.n_layer, self.n_embd = len(self._layers), int(config.hidden_size)
         self.n_vocab = checkpoint.tensors[self._embedding_name].shape[0]
-        self._recorders = _install_recorders(self._base, self.family.layers, self.n_layer)
+        self._recorders = skeleton.install_recorders(self._base, self.family.layers, self.n_layer)
         self._norm = getattr(self._base, self.family.norm)
         self._arguments: dict[tuple[int, int], list[Any]] = {}
         self._loaded_norm: Any = None
@@ -230,13 +203,13 @@ class Blocks:
         with torch.no_grad():
             try:
                 self._base(use_cache=False, **inputs)
-            except _Prepared:
+            except skeleton.Prepared:
                 pass
         first: torch.Tensor = self._recorders[0].hidden
         self._recorders[0].hidden = None
         return first
 
-    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+    def final_norm(self, hidden: torch.Tensor, *, differentiable: bool = False) -> torch.Tensor:
         """What the head reads, of the hidden states behind the last block: of their shape."""
         import torch
 
@@ -244,9 +217,31 @@ class Blocks:
             norm = copy.deepcopy(self._norm)
             self._load(norm, f"{self._prefix}{self.family.norm}.")
             self._loaded_norm = norm.to(self.device)
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             normed: torch.Tensor = self._loaded_norm(hidden)
         return normed
+
+    @property
+    def head_matrix(self) -> torch.Tensor:
+        """The matrix that makes logits of what the final norm gives: [n_vocab, n_embd], in its stored type.
+
+        It stays in memory until `release_head`.
+        """
+        if self._head is None:
+            tied = bool(getattr(self._config, "tie_word_embeddings", False))
+            name = self._embedding_name if tied else "lm_head.weight"
+            self._head = weights.read(self.checkpoint, name).to(self.device)
+        return self._head
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Logits are kept below it by tanh; None: they are not."""
+        cap: float | None = getattr(self._config, "final_logit_softcapping", None)
+        return cap
+
+    def embedding_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the token embedding as they are stored: float32 [len(ids), n_embd], on the CPU."""
+        return weights.rows(self.checkpoint, self._embedding_name, ids).float()
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the hidden states behind the last block, through the final norm.
@@ -261,74 +256,15 @@ class Blocks:
         """
         import torch
 
-        if self._head is None:
-            tied = bool(getattr(self._config, "tie_word_embeddings", False))
-            name = self._embedding_name if tied else "lm_head.weight"
-            self._head = weights.read(self.checkpoint, name).to(self.device)
-        matrix, normed = self._head, self.final_norm(hidden)
+        matrix, normed = self.head_matrix, self.final_norm(hidden)
         with torch.no_grad():
             step = max(1, HEAD_BYTES // (4 * self.n_embd))
             logits = torch.cat(
                 [(normed @ matrix[i : i + step].to(self.dtype).T).float() for i in range(0, len(matrix), step)], dim=-1
             )
-            cap = getattr(self._config, "final_logit_softcapping", None)
+            cap = self.logit_cap
             return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def release_head(self) -> None:
         """Forget the head's matrix."""
         self._head = None
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name != "cpu" and name.partition(":")[0] != "cuda":
-        raise ConvertError(f"there is no device {name!r}: choose cpu or cuda")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ConvertError("torch finds no CUDA device: leave --device out, or install a CUDA build of torch")
-    return torch.device(name)
-
-
-@contextmanager
-def _without_weights() -> Iterator[None]:
-    """Let modules be built without memory for matrices, while what they compute for themselves is really there.
-
-    Modules make room for matrices by `torch.empty` and compute buffers by anything else, so only that goes to the
-    device without memory. (All of it there, as `torch.device("meta")` does, would lose rotary frequencies.)
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class Meta(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = dict(kwargs or {})
-            if func is torch.empty:
-                kwargs["device"] = "meta"
-            return func(*args, **kwargs)
-
-    with Meta():
-        yield
-
-
-def _install_recorders(base: Any, layers: str, count: int) -> list[Any]:
-    """Put recorders in the blocks' places; the last one ends the forward pass."""
-    import torch
-
-    class Recorder(torch.nn.Module):
-        def __init__(self, last: bool) -> None:
-            super().__init__()
-            self.last = last
-            self.seen: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-            self.hidden: torch.Tensor | None = None
-
-        def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            self.seen = args, kwargs
-            if self.hidden is None:
-                self.hidden = hidden
-            if self.last:
-                raise _Prepared
-            return hidden
-
-    recorders = [Recorder(index == count - 1) for index in range(count)]
-    setattr(base, layers, torch.nn.ModuleList(recorders))
-    return recorders

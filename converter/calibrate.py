@@ -23,7 +23,7 @@ from ziggurat.converter import activations
 from ziggurat.converter.activations import ChannelStatistics, Float64
 from ziggurat.converter.block_pass import Batches, BlockPass
 from ziggurat.converter.blocks import Block, Blocks
-from ziggurat.converter.calibration_work import WorkFolder, fingerprint, versions
+from ziggurat.converter.calibration_work import WorkFolder, identity
 from ziggurat.converter.checkpoint import Checkpoint
 from ziggurat.converter.hidden import HiddenStates, nbytes
 from ziggurat.converter.split import batches
@@ -52,9 +52,10 @@ class CalibrateSettings:
     memory_share: float = 0.25
     """Hidden states that take more than this share of the free memory go to a file."""
     work: Path | None = None
-    """Folder from which a killed calibration is taken up again; None: nothing is kept."""
+    """Folder from which a killed stage (this, the greedy search, a repair) is taken up again, each in a folder of its
+    own in it; None: nothing is kept."""
     keep_hidden: bool = False
-    """Leave the hidden states before every block in the work folder, for `gram` and others to start from."""
+    """Leave the hidden states before every block in the calibration's folder, for others to start from."""
     threads: int | None = None
     """Threads of torch on the CPU; None: as many as it takes by itself."""
 
@@ -121,11 +122,11 @@ def calibrate(
     """
     settings, progress = settings or CalibrateSettings(), progress or Silent()
     blocks = Blocks(checkpoint, settings.device, settings.dtype)
-    identity = {**pass_identity(checkpoint, tokens, settings), "angular tokens": settings.angular_tokens}
+    inputs = identity(checkpoint, tokens, settings, angular_tokens=settings.angular_tokens)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_threads(settings.threads))
         folder = settings.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ziggurat-")))
-        work = stack.enter_context(WorkFolder(folder, identity))
+        work = stack.enter_context(WorkFolder(folder / "calibration", inputs))
         gathered = _Influence(tokens, settings, work)
         progress.stage("calibration", (blocks.n_layer - work.finished) * tokens.ids.size)
         BlockPass(blocks, tokens, gathered.windows, settings, work).run(
@@ -138,23 +139,8 @@ def calibrate(
         angular=angular,
         channels={name: s for f in figures for name, s in activations.unpack(f).items()},
         tokens=tokens.ids.size,
-        identity=identity,
+        identity=inputs,
     )
-
-
-def pass_identity(checkpoint: Checkpoint, tokens: CalibrationTokens, settings: CalibrateSettings) -> dict[str, Any]:
-    """All that decides hidden states. The number of threads is left out: a resumed conversion may have others."""
-    return {
-        "format": 1,
-        **fingerprint(checkpoint),
-        "text": tokens.sha256,
-        "sequences": len(tokens.ids),
-        "sequence length": tokens.ids.shape[1],
-        "device": settings.device.partition(":")[0],
-        "dtype": settings.dtype,
-        "batch": settings.batch_tokens,
-        **versions(),
-    }
 
 
 class _Influence:

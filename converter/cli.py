@@ -18,8 +18,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ziggurat.converter.display import Display, duration_text, fitted_text, size_text
+from ziggurat.converter.display import Display, duration_text, fitted_text, mix_table, size_text
 from ziggurat.converter.errors import ConvertError
+from ziggurat.converter.mix import target
 from ziggurat.converter.prune import CRITERIA, prune_settings
 from ziggurat.converter.prune_display import ReportOptions, removed_text, show_prune_report
 from ziggurat.converter.recipes import FTYPES
@@ -33,10 +34,10 @@ from ziggurat.converter.report import Report
     "--type",
     "type_name",
     type=click.Choice(list(FTYPES), case_sensitive=False),
-    default="q4_k_m",
-    show_default=True,
-    help="Quantization recipe, as llama.cpp names it.",
+    help="Quantization recipe, as llama.cpp names it.  [default: q4_k_m]",
 )
+@click.option("--bpw", type=float, metavar="X", help="Choose each tensor's type for so many bits per weight instead.")
+@click.option("--size", metavar="33GB|33GiB", help="Choose each tensor's type for a file of at most this size instead.")
 @click.option(
     "--imatrix",
     type=click.Path(path_type=Path),
@@ -50,7 +51,8 @@ from ziggurat.converter.report import Report
     metavar="FILE",
     help="Write the gathered importance matrix too.",
 )
-@click.option("--no-awq", is_flag=True, help="Quantize without activation-aware scales.")
+@click.option("--no-awq", is_flag=True, help="Leave the weights as they are: no scales, no compensation.")
+@click.option("--no-compensation", is_flag=True, help="Quantize with ggml's own quantizers alone.")
 @click.option("--prune", metavar="N|N%", help="Remove this many blocks, or this share of them, and repair the rest.")
 @click.option("--prune-blocks", metavar="LIST", help="Remove these blocks, counted from 0: 5,8-10.")
 @click.option("--prune-by", type=click.Choice(CRITERIA), help="What --prune chooses blocks by.  [default: influence]")
@@ -94,8 +96,8 @@ from ziggurat.converter.report import Report
 @click.option("--verbose", "-v", is_flag=True, help="Show what the libraries log.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
 def convert(  # noqa: PLR0913 - one parameter per option
-    model: str, out: Path | None, type_name: str, imatrix: Path | None, no_imatrix: bool,
-    export_imatrix: Path | None, no_awq: bool,
+    model: str, out: Path | None, type_name: str | None, bpw: float | None, size: str | None,
+    imatrix: Path | None, no_imatrix: bool, export_imatrix: Path | None, no_awq: bool, no_compensation: bool,
     prune: str | None, prune_blocks: str | None, prune_by: str | None, no_repair: bool, prune_report: bool,
     plot: Path | None, calibration: Path | None, calibration_tokens: int, calibration_sequence: int, seed: int,
     device: str, pre: str | None, name: str | None, report: Path | None, threads: int | None, force: bool,
@@ -105,18 +107,20 @@ def convert(  # noqa: PLR0913 - one parameter per option
     console = Console(stderr=True, highlight=False)
     if imatrix is not None and no_imatrix:
         raise click.UsageError("--imatrix and --no-imatrix exclude each other")
+    if type_name is not None and (bpw is not None or size is not None):
+        raise click.UsageError("--type is a recipe of its own: leave it out, or --bpw and --size")
     if out is None and not prune_report:
         raise click.UsageError("Missing argument 'OUT'.")
     if prune_report and (out is not None or prune_blocks is not None):
         raise click.UsageError("--prune-report writes no model and tries the blocks itself: no OUT, no --prune-blocks")
     if plot is not None and not prune_report:
         raise click.UsageError("--plot belongs to --prune-report")
-    with _errors_as_lines(console, debug=debug), _signals_as_exceptions(), warnings.catch_warnings():
+    with _errors_as_lines(console, out, debug=debug), _signals_as_exceptions(), warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")  # libraries warn their users, the programmers, not ours
         _quiet_libraries(verbose=verbose)
         from ziggurat.converter.calibration_text import TextSettings
-        from ziggurat.converter.pipeline import ConvertSettings
+        from ziggurat.converter.pipeline import DEFAULT_TYPE, ConvertSettings
         from ziggurat.converter.pipeline import convert as run
 
         text = TextSettings(calibration, calibration_tokens, calibration_sequence, seed)
@@ -125,8 +129,9 @@ def convert(  # noqa: PLR0913 - one parameter per option
             show_prune_report(console, how)
             return
         settings = ConvertSettings(
-            type=type_name.lower(), imatrix=imatrix, gather_imatrix=not no_imatrix, export_imatrix=export_imatrix,
-            awq=not no_awq, pre=pre, name=name, threads=threads, report=report, force=force,
+            type=(type_name or DEFAULT_TYPE).lower(), size=target(bpw, size), imatrix=imatrix,
+            gather_imatrix=not no_imatrix, export_imatrix=export_imatrix, awq=not no_awq,
+            compensate=not no_compensation, pre=pre, name=name, threads=threads, report=report, force=force,
             ignore_code=ignore_code, prune=prune_settings(prune, prune_blocks, prune_by, repair=not no_repair),
             calibration=text, device=device,
         )  # fmt: skip
@@ -147,7 +152,7 @@ def main() -> None:
 
 
 @contextmanager
-def _errors_as_lines(console: Console, *, debug: bool) -> Iterator[None]:
+def _errors_as_lines(console: Console, out: Path | None, *, debug: bool) -> Iterator[None]:
     """Every failure is one line and a non-zero exit code."""
     try:
         yield
@@ -155,14 +160,29 @@ def _errors_as_lines(console: Console, *, debug: bool) -> Iterator[None]:
         if debug:
             raise
         if isinstance(e, KeyboardInterrupt):
-            _fail(console, "interrupted, nothing was written", 130)
+            _fail(console, _with_kept("interrupted, nothing was written", out), 130)
+        message = str(e)
         if isinstance(e, MemoryError):
-            _fail(console, "out of memory, nothing was written: close other programs or convert on a larger machine")
-        _fail(console, str(e))
+            message = "out of memory, nothing was written: close other programs or convert on a larger machine"
+        _fail(console, _with_kept(message, out))
     except Exception as e:
         if debug:
             raise
         _fail(console, f"unexpected {type(e).__name__}: {e} (this is a bug of Ziggurat; --debug shows where)")
+
+
+def _with_kept(message: str, out: Path | None) -> str:
+    """The message, and what the conversion to `out` leaves to go on from, unless the message speaks of that already."""
+    if out is None or "ziggurat.converter.pipeline" not in sys.modules:  # before that there is nothing
+        return message
+    from ziggurat.converter.calibration_work import kept_text
+    from ziggurat.converter.pipeline import work_folder
+
+    with contextlib.suppress(OSError):  # a name that no file can have
+        work = work_folder(out)
+        if str(work) not in message:
+            return message + kept_text(work)
+    return message
 
 
 def _fail(console: Console, message: str, code: int = 1) -> NoReturn:
@@ -215,7 +235,11 @@ def _print_report(console: Console, report: Report) -> None:
     if report.prune is not None:
         console.print(removed_text(report.prune), soft_wrap=True)
     if report.calibration is not None:
-        console.print(fitted_text(report.calibration, report.importance), soft_wrap=True)
+        console.print(fitted_text(report), soft_wrap=True)
+    if report.mix is not None:
+        console.print(mix_table(report.mix))
+        if report.mix.note is not None:
+            console.print(f"note: {report.mix.note}", soft_wrap=True)
     pre = f", pre-tokenizer {report.pre_tokenizer}" if report.pre_tokenizer else ""
     console.print(
         f"{report.output}: {report.name or report.architecture}, {report.type}, {size_text(report.output_bytes)}, "

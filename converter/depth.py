@@ -62,23 +62,20 @@ class Measuring:
             assert self.calibration.angular is not None
             return choice.by_angular(self.calibration.angular, n)
         from ziggurat.converter.blocks import Blocks
-        from ziggurat.converter.removal_search import removal_losses
+        from ziggurat.converter.removal_search import remembered_losses
 
         blocks = Blocks(self.checkpoint, self.settings.device, self.settings.dtype)
-        return choice.by_perplexity(
-            lambda removed, candidates: removal_losses(
-                blocks, self.tokens, removed, candidates, self.settings, self.progress
-            ),
-            blocks.n_layer, n, before,
-        )  # fmt: skip
+        with remembered_losses(blocks, self.tokens, self.settings, self.progress) as losses:
+            return choice.by_perplexity(losses, blocks.n_layer, n, before)
 
-    def cut(self, removed: tuple[int, ...], *, repair: bool = True) -> Repaired:
+    def cut(self, removed: tuple[int, ...], *, repair: bool = True, uncorrected: tuple[int, ...] = ()) -> Repaired:
         """The model without blocks, measured on held-out tokens with and without repair."""
         from ziggurat.converter import repair_pass
         from ziggurat.converter.blocks import Blocks
+        from ziggurat.converter.correction import RepairSettings
 
         blocks = Blocks(self.checkpoint, self.settings.device, self.settings.dtype)
-        how = repair_pass.RepairSettings() if repair else None
+        how = RepairSettings(skip=uncorrected) if repair else None
         return repair_pass.cut(blocks, self.tokens, removed, self.settings, how, self.progress)
 
 
@@ -97,11 +94,13 @@ def prune(checkpoint: Checkpoint, plan: Plan, settings: PruneSettings, measuring
     """Take blocks out of `plan`, the plan of the whole checkpoint.
 
     Raises:
-        PruneError: the family does not stand it, or the blocks asked for cannot go.
+        PruneError: the family does not stand it or cannot be repaired, or the blocks asked for cannot go.
         CalibrationError: the calibration text or the hidden states on it will not do.
         UnsupportedModelError: blocks of the family cannot be computed one at a time.
     """
     prune_families.check_prunable(checkpoint)
+    if settings.repair:
+        prune_families.check_repairable(checkpoint)
     n_layer = surgery.block_count(plan)
     if settings.blocks:
         removed = choice.check_blocks(settings.blocks, n_layer)
@@ -111,7 +110,7 @@ def prune(checkpoint: Checkpoint, plan: Plan, settings: PruneSettings, measuring
     record = RepairRecord("none", "not asked for")
     folds: Mapping[int, Fold] = {}
     if settings.repair:
-        record, folds = _repair(measuring.cut(removed))
+        record, folds = _repair(measuring.cut(removed, uncorrected=settings.uncorrected))
     measured = settings.repair or not settings.blocks
     done = PruneRecord(
         removed, n_layer, BY_LIST if settings.blocks else settings.by, record,

@@ -6,10 +6,11 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
-from ziggurat.converter.report import Estimate
-from ziggurat.converter.tuning_record import CalibrationRecord, ImportanceRecord
+from ziggurat.converter.mix_record import MixRecord
+from ziggurat.converter.report import Estimate, Report
 
 # Without a terminal, a line of progress this often.
 LINE_SECONDS = 10.0
@@ -109,15 +110,33 @@ def duration_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
 
 
-def fitted_text(calibration: CalibrationRecord, importance: ImportanceRecord | None) -> str:
-    """One line about what the quantization was fitted on."""
+def fitted_text(report: Report) -> str:
+    """One line about what the quantization was fitted on, and what came of it."""
+    calibration, importance, scales = report.calibration, report.importance, report.scales
+    assert calibration is not None
     text = f"calibrated on {calibration.tokens} tokens of {calibration.source} (sha256 {calibration.sha256[:12]})"
-    if importance is None:
-        return text
-    text += f": importance matrix of {importance.tensors} tensors"
-    if importance.unrouted:
+    done = []
+    if importance is not None:
+        done.append(f"importance matrix of {importance.tensors} tensors")
+    if scales is not None:
+        done.append(f"scales on {scales.kept} of {scales.searched} groups")
+    if report.compensation is not None:
+        done.append(f"errors compensated in {report.compensation.compensated} of {report.compensation.tensors} tensors")
+    text += f": {', '.join(done)}" if done else ""
+    if importance is not None and importance.unrouted:
         count = sum(len(experts) for experts in importance.unrouted.values())
         first, experts = next(iter(importance.unrouted.items()))
         named = f"{', '.join(map(str, experts[:4]))}{', …' if len(experts) > 4 else ''} of {first}"
         text += f"; {count} matrices of experts that no token came to have the others' mean ({named}, …)"
     return text
+
+
+def mix_table(mix: MixRecord) -> Table:
+    """Which types the tensors of each kind have, and which share of the loss is theirs."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("tensors", "types chosen", "size", "share of loss"):
+        table.add_column(heading, justify="right" if heading in ("size", "share of loss") else "left")
+    for name, kind in mix.kinds.items():
+        types = ", ".join(f"{count} {type_name}" for type_name, count in kind.types.items())
+        table.add_row(name, types, size_text(kind.bytes), f"{kind.share:.0%}")
+    return table

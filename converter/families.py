@@ -51,6 +51,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": Family(),
     "Qwen3ForCausalLM": Family(),
     "Phi3ForCausalLM": Family(),
+    "Olmo2ForCausalLM": Family(post_norm=True),
     "Gemma2ForCausalLM": Family(attention="eager", post_norm=True),
     "Gemma3ForCausalLM": Family(post_norm=True),
     "MixtralForCausalLM": Family(down=None, experts=Experts("block_sparse_moe", gate="w1", up="w3", down="w2")),

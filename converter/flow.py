@@ -19,7 +19,8 @@ from ziggurat.converter.block_pass import check_finite, embed
 from ziggurat.converter.blocks import Block, Blocks
 from ziggurat.converter.calibrate import CalibrateSettings, CalibrationProgress, torch_threads
 from ziggurat.converter.calibration_text import CalibrationTokens
-from ziggurat.converter.hidden import HiddenStates, fits_memory
+from ziggurat.converter.calibration_work import WorkFolder
+from ziggurat.converter.hidden import HiddenStates, Shape, fits_memory
 from ziggurat.converter.split import split
 
 if TYPE_CHECKING:
@@ -55,12 +56,17 @@ class Flow:
         self.blocks, self.tokens, self._progress = blocks, tokens.ids.size, progress
         self._shape = *tokens.ids.shape, blocks.n_embd
         whole = (copies * self._shape[0], *self._shape[1:])
-        self._in_memory, self._folder, self._made = fits_memory(whole, settings.memory_share), folder, 0
+        self._memory_share, self._folder, self._made = settings.memory_share, folder, 0
+        self._in_memory = fits_memory(whole, settings.memory_share)
 
     @property
     def all(self) -> Windows:
         """All batches."""
         return [*self.fit, *self.held_out]
+
+    def count(self, windows: Windows) -> int:
+        """Number of tokens in batches."""
+        return sum(stop - start for start, stop in windows) * int(self._shape[1])
 
     def start(self, windows: Windows) -> HiddenStates:
         """Hidden states before the first block, of the sequences in `windows`; what others hold is undefined."""
@@ -74,6 +80,10 @@ class Flow:
         for start, stop in windows:
             copy.write(start, hidden.read(start, stop))
         return copy
+
+    def resume(self, path: Path, windows: Windows) -> HiddenStates:
+        """A copy of the hidden states in a file that `HiddenStates.copy_to` made."""
+        return self.copy(HiddenStates(self._shape, path, create=False), windows)
 
     def release(self, hidden: HiddenStates) -> None:
         """Give the room back."""
@@ -122,21 +132,35 @@ class Flow:
             count += len(ids)
         return (loss / count, divergence / count) if count else (math.nan, math.nan)
 
+    def room(self, width: int) -> HiddenStates:
+        """Room for something else of each token: shape [sequences, positions, width]."""
+        shape = *self._shape[:2], width
+        return self._new(shape, in_memory=fits_memory(shape, self._memory_share))
+
     def _room(self) -> HiddenStates:
+        return self._new(self._shape, in_memory=self._in_memory)
+
+    def _new(self, shape: Shape, *, in_memory: bool) -> HiddenStates:
         self._made += 1
-        return HiddenStates(self._shape, None if self._in_memory else self._folder / f"flow-{self._made}.f32")
+        return HiddenStates(shape, None if in_memory else self._folder / f"flow-{self._made}.f32")
 
 
 @contextlib.contextmanager
 def flow(
-    blocks: Blocks, tokens: CalibrationTokens, settings: CalibrateSettings, progress: CalibrationProgress, copies: int
-) -> Iterator[Flow]:
+    blocks: Blocks, tokens: CalibrationTokens, settings: CalibrateSettings, progress: CalibrationProgress, copies: int,
+    work: WorkFolder | None = None,
+) -> Iterator[Flow]:  # fmt: skip
     """A flow whose files are gone afterwards; its computations take the threads of `settings`.
+
+    Its files are in `work`, or in a temporary folder.
 
     Raises:
         CalibrationError: there are not two sequences.
     """
-    if settings.work is not None:
-        settings.work.mkdir(parents=True, exist_ok=True)
-    with torch_threads(settings.threads), tempfile.TemporaryDirectory(prefix="ziggurat-", dir=settings.work) as folder:
-        yield Flow(blocks, tokens, settings, Path(folder), progress, copies)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch_threads(settings.threads))
+        if work is not None:
+            folder = stack.enter_context(work.scratch())
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ziggurat-")))
+        yield Flow(blocks, tokens, settings, folder, progress, copies)

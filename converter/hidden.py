@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +78,16 @@ class HiddenStates:
 
     def save(self, path: Path) -> None:
         """Copy into a file that is there whole or not at all, or give that name to the file they are in already."""
-        if self._array is not None:
-            partial = path.with_suffix(".partial")
-            copy = HiddenStates(self.shape, partial)
-            for i in range(self.shape[0]):
-                np.copyto(copy._window(i, i + 1), self._array[i : i + 1])
-            os.replace(partial, path)
+        if self.path is None:
+            self.copy_to(path, [(i, i + 1) for i in range(self.shape[0])])
         else:
-            assert self.path is not None
             os.replace(self.path, path)
             self.path = path
+
+    def copy_to(self, path: Path, windows: Iterable[tuple[int, int]]) -> None:
+        """Copy the sequences of `windows` into a file that is there whole or not at all; it has zeros for others."""
+        partial = path.with_suffix(".partial")
+        copy = HiddenStates(self.shape, partial)
+        for start, stop in windows:
+            np.copyto(copy._window(start, stop), self._window(start, stop))
+        os.replace(partial, path)

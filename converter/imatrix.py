@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,14 @@ class ImportanceMatrix:
             with np.errstate(divide="ignore", invalid="ignore"):
                 result[name] = np.where(count > 0, total / count, np.float32(1)).astype(np.float32)
         return result
+
+    def with_entry(self, name: str, mean: Float32) -> ImportanceMatrix:
+        """The matrix with one of its own for a tensor, shape [columns]."""
+        return dataclasses.replace(
+            self,
+            sums={**self.sums, name: mean.reshape(1, -1)},
+            counts={**self.counts, name: np.ones((1, 1), np.float32)},
+        )
 
 
 def read_imatrix(path: Path) -> dict[str, Float32]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ziggurat.converter import surgery
-from ziggurat.converter.activations import EXPERT
 from ziggurat.converter.checkpoint import Checkpoint
+from ziggurat.converter.products import EXPERT
 from ziggurat.converter.upstream import Plan
 
 HEAD, HEAD_TENSOR = "lm_head", "output.weight"

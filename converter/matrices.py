@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ziggurat.converter.activations import EXPERT
 from ziggurat.converter.blocks import Block
+from ziggurat.converter.products import EXPERT
 
 if TYPE_CHECKING:
     import torch

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,24 +15,31 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter import depth, fitting, hub, quantize, recipes, surgery, upstream
+from ziggurat.converter import depth, fitting, hub, mixing, quantize, recipes, surgery, upstream
 from ziggurat.converter.calibrate import CalibrateSettings
 from ziggurat.converter.calibration_text import TextSettings
+from ziggurat.converter.calibration_work import discard
 from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.errors import ConvertError, ImatrixError, OutputError, TokenizerError
 from ziggurat.converter.imatrix import read_imatrix
 from ziggurat.converter.loadable import check_loadable
+from ziggurat.converter.mix import Target
 from ziggurat.converter.prune import PruneSettings
 from ziggurat.converter.report import Estimate, Report, estimate, peak_memory_bytes, share_by_type, write_json
+from ziggurat.converter.tuning_record import CompensationRecord
 from ziggurat.converter.write import GGUFFile, check_target, real
+
+DEFAULT_TYPE = "q4_k_m"
 
 
 @dataclass(frozen=True)
 class ConvertSettings:
     """How to convert; the defaults are those of the command."""
 
-    type: str = "q4_k_m"
+    type: str = DEFAULT_TYPE
     """A key of `recipes.FTYPES`."""
+    size: Target | None = None
+    """Choose types by measured losses for a file of this size instead."""
     imatrix: Path | None = None
     """Importance matrix in llama.cpp's GGUF form."""
     gather_imatrix: bool = True
@@ -40,7 +47,9 @@ class ConvertSettings:
     export_imatrix: Path | None = None
     """Where to write the gathered one too, in llama.cpp's GGUF form."""
     awq: bool = True
-    """Search activation-aware scales on the calibration text."""
+    """Fit the weights to the activations of the calibration text: scales, and compensation of errors."""
+    compensate: bool = True
+    """Whether errors are compensated as well."""
     pre: str | None = None
     """Pre-tokenizer name to write instead of the recognized one."""
     name: str | None = None
@@ -113,9 +122,6 @@ def convert(
     checkpoint = open_checkpoint(hub.resolve(model), ignore_code=settings.ignore_code)
     if out.resolve() in {tensor.file.resolve() for tensor in checkpoint.tensors.values()}:
         raise OutputError(f"{out} is a part of the checkpoint: name another file")
-    wanted = _fit_settings(settings)
-    if wanted.needed:
-        fitting.check(checkpoint)
     importance = None if settings.imatrix is None else read_imatrix(settings.imatrix)
 
     base = settings.type if settings.type in recipes.FLOAT_TYPES else "bf16"
@@ -124,59 +130,86 @@ def convert(
         kind = plan.value("tokenizer.ggml.model")
         raise TokenizerError(f"a tokenizer of the kind {kind!r} has no pre-tokenizer to name: leave --pre out")
     _check_importance(plan, importance)
+    wanted = _fit_settings(settings)
+    if wanted.needed or settings.size is not None:
+        fitting.check(checkpoint)
     threads = settings.threads or len(os.sched_getaffinity(0))
     work, shape = work_folder(out), plan.model_shape()
     calibrate = CalibrateSettings(device=settings.device, threads=settings.threads, work=work)
     measuring = depth.Measuring(checkpoint, settings.calibration, calibrate, progress)
 
-    def choose_types(removed: tuple[int, ...] = ()) -> list[int]:
+    def choose_types(removed: tuple[int, ...] = ()) -> tuple[str, list[int], mixing.Mixer | None]:
         names = fitting.importance_names(checkpoint, plan, removed) if wanted.importance else importance
-        return recipes.choose(plan, settings.type, imatrix=names, shape=shape)
+        if settings.size is None:
+            return settings.type, recipes.choose(plan, settings.type, imatrix=names, shape=shape), None
+        recipe = mixing.nearest_recipe(plan, settings.size, names, shape)
+        types = recipes.choose(plan, recipe, imatrix=names, shape=shape)
+        measured = mixing.measurable(measuring, plan, removed)
+        return recipe, types, mixing.Mixer(settings.size, plan, types, measured, names or ())
 
-    types, pruned = choose_types(), None
+    (recipe, types, mixer), pruned = choose_types(), None
     if settings.prune is not None:
         n_layer = surgery.block_count(plan)
         pruned = depth.prune(checkpoint, plan, settings.prune, measuring)
         plan = pruned.plan
         if importance is not None:
             importance = surgery.renumber_keys(importance, n_layer, pruned.record.blocks)
-        types = choose_types(pruned.record.blocks)
+        recipe, types, mixer = choose_types(pruned.record.blocks)
 
     def planned(file: GGUFFile) -> None:
         file.write_header()
         check_loadable(file.partial)
+        if mixer is not None:
+            mixer.capacity(file.header_bytes)
         weighted = wanted.importance or importance is not None
         expected = estimate(plan, types, file.sizes, checkpoint.nbytes, threads=threads, weighted=weighted)
         progress.planned(fitting.add_cost(expected, plan, measuring) if wanted.needed else expected)
 
-    layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
-    fitted = None
+    def open_file() -> GGUFFile:
+        layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
+        return GGUFFile(out, plan.arch, _metadata(plan, settings, recipe), layout)
+
+    fitted = mixed = None
+    removed, folds = ((), {}) if pruned is None else (pruned.record.blocks, pruned.folds)
+    measured = wanted.needed or mixer is not None
+    if measured:
+        with open_file() as file:  # what it refuses, it refuses now
+            planned(file)
+    whole, given = plan, importance
     if wanted.needed:
-        with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:  # what it refuses, it refuses now
-            planned(file)
-        removed, folds = ((), {}) if pruned is None else (pruned.record.blocks, pruned.folds)
-        fitted = fitting.fit(plan, wanted, measuring, work / "tuning", removed=removed, folds=folds)
-        plan = fitted.plan
-        if fitted.importance is not None:
-            importance = fitted.importance
-    with GGUFFile(out, plan.arch, _metadata(plan, settings), layout) as file:
-        if fitted is None:
-            planned(file)
-        else:
+        first = wanted if mixer is None else dataclasses.replace(wanted, compensate=False)
+        fitted = fitting.fit(plan, types, first, measuring, importance=given, removed=removed, folds=folds)
+        plan, importance = fitted.plan, fitted.importance
+    if mixer is not None:
+        if wanted.compensates:  # as long as what will be said of it
+            plan = dataclasses.replace(plan, metadata={**plan.metadata, **CompensationRecord(0, 0).metadata()})
+        with open_file() as file:  # for the length of what comes before the tensors
             file.write_header()
+        columns = {} if fitted is None else fitted.columns
+        types, mixed = mixer.choose(file.header_bytes, measuring, importance, columns, removed=removed, folds=folds)
+        if fitted is not None and wanted.compensates:
+            fitted = fitting.compensate(
+                fitted, whole, types, wanted, measuring, importance=given, removed=removed, folds=folds
+            )
+            plan = fitted.plan
+    with open_file() as file:
+        if measured:
+            file.write_header()
+        else:
+            planned(file)
         with contextlib.closing(quantize.stream(plan.tensors, types, threads=threads, importance=importance)) as slabs:
             for slab in slabs:
                 file.write(slab.data)
                 progress.advance(slab.elements, slab.tensor.name)
         output_bytes = file.commit()
-    shutil.rmtree(work, ignore_errors=True)
+    discard(work)
 
     report = Report(
         model=str(model),
         output=str(out),
         architecture=plan.arch,
         name=str(plan.value("general.name", "")),
-        type=settings.type,
+        type=settings.type if mixed is None else f"a mix nearest to {recipe}",
         tokenizer=str(plan.value("tokenizer.ggml.model", "")),
         pre_tokenizer=plan.value("tokenizer.ggml.pre"),
         parameters=plan.parameters,
@@ -190,6 +223,9 @@ def convert(
         prune=None if pruned is None else pruned.record,
         calibration=None if fitted is None else fitted.calibration,
         importance=None if fitted is None else fitted.record,
+        scales=None if fitted is None else fitted.scales,
+        compensation=None if fitted is None else fitted.compensation,
+        mix=mixed,
     )
     if settings.report is not None:
         write_json(settings.report, report.to_json())
@@ -207,6 +243,7 @@ def _fit_settings(settings: ConvertSettings) -> fitting.FitSettings:
     return fitting.FitSettings(
         importance=settings.gather_imatrix and settings.imatrix is None and quantized,
         awq=settings.awq and quantized,
+        compensate=settings.compensate,
         export=settings.export_imatrix,
     )
 
@@ -237,13 +274,15 @@ def _check_names(settings: ConvertSettings) -> None:
             raise ConvertError(f"--{option} is empty or no text: give another, or leave it out")
 
 
-def _metadata(plan: upstream.Plan, settings: ConvertSettings) -> dict[str, Any]:
+def _metadata(plan: upstream.Plan, settings: ConvertSettings, recipe: str) -> dict[str, Any]:
     """Upstream's metadata with the final file type, and what llama.cpp's quantizer notes about an importance matrix."""
     from llama_cpp import _gguf as gguf
 
     metadata = dict(plan.metadata)
-    if settings.type not in recipes.FLOAT_TYPES:
-        ftype = recipes.FTYPES[settings.type]
+    if settings.size is not None:
+        metadata.update(mixing.metadata(settings.size))
+    if recipe not in recipes.FLOAT_TYPES:
+        ftype = recipes.FTYPES[recipe]
         metadata["general.file_type"] = gguf.GGUFValue(ftype, gguf.GGUFValueType.UINT32)
     if settings.imatrix is not None:
         metadata["quantize.imatrix.file"] = gguf.GGUFValue(settings.imatrix.name, gguf.GGUFValueType.STRING)

@@ -34,6 +34,8 @@ class PruneSettings:
     """Indices of blocks of the checkpoint, instead of a criterion."""
     by: Criterion = "influence"
     repair: bool = True
+    uncorrected: tuple[int, ...] = ()
+    """Blocks that the repair leaves as they are."""
 
 
 def prune_settings(
@@ -122,7 +124,7 @@ def _check_number(n: int, asked: str, n_layer: int) -> None:
     if n > most:
         least = f"at most {most}" if most > 0 else "none"
         raise PruneError(
-            f"{asked} of {n_layer} cannot be removed: the first and the last always stay, so {least} can go"
+            f"{asked} cannot be removed: of {n_layer} the first and the last always stay, so {least} can go"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ziggurat.converter import families
 from ziggurat.converter.checkpoint import Checkpoint
 from ziggurat.converter.errors import PruneError
 
@@ -94,3 +95,17 @@ def check_prunable(checkpoint: Checkpoint) -> None:
     for key, tied, why in INDEX_KEYS:
         if tied(checkpoint.config.get(key)):
             raise PruneError(f"no block of this {name} can be removed: {why} ({key} in config.json); {whole}")
+
+
+def check_repairable(checkpoint: Checkpoint) -> None:
+    """Make sure that a correction can be folded into the family's blocks.
+
+    Raises:
+        PruneError: norms stand between the down projections and the residual stream.
+        UnsupportedModelError: the family is not known.
+    """
+    if families.find(checkpoint).post_norm:
+        raise PruneError(
+            f"removed blocks of {checkpoint.architecture} cannot be made up for: a norm follows the down "
+            "projection, so no correction can be folded into it; leave the repair out with --no-repair"
+        )

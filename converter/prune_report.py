@@ -81,7 +81,10 @@ def report(
     """
     checkpoint = open_checkpoint(hub.resolve(model), ignore_code=ignore_code)
     prune_families.check_prunable(checkpoint)
-    measuring = Measuring(checkpoint, text or TextSettings(), settings or CalibrateSettings(), progress or Silent())
+    if repair:
+        prune_families.check_repairable(checkpoint)
+    settings = dataclasses.replace(settings or CalibrateSettings(), work=None)  # a work folder is for one repair
+    measuring = Measuring(checkpoint, text or TextSettings(), settings, progress or Silent())
     influence = measuring.calibration.influence
     allowed = len(choice.removable(len(influence)))
     if most is None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from ziggurat.converter.blocks import Blocks
 from ziggurat.converter.calibrate import CalibrateSettings, CalibrationProgress, Silent
 from ziggurat.converter.calibration_text import CalibrationTokens
+from ziggurat.converter.calibration_work import WorkFolder, identity
 from ziggurat.converter.errors import CalibrationError
 from ziggurat.converter.flow import flow
 from ziggurat.converter.hidden import HiddenStates
@@ -19,6 +23,7 @@ def removal_losses(
     candidates: Sequence[int],
     settings: CalibrateSettings | None = None,
     progress: CalibrationProgress | None = None,
+    work: WorkFolder | None = None,
 ) -> list[float]:
     """Mean loss, in nats per token, of the model without `removed` and one candidate at a time.
 
@@ -32,6 +37,7 @@ def removal_losses(
         candidates: blocks to try, none of them in `removed`.
         settings: device, batch and memory.
         progress: who is told; a step is a token that went through a block.
+        work: where states that do not fit into memory go.
 
     Raises:
         CalibrationError: the model without `removed` gives hidden states that are no numbers.
@@ -39,9 +45,10 @@ def removal_losses(
     settings, progress = settings or CalibrateSettings(), progress or Silent()
     kept = [i for i in range(blocks.n_layer) if i not in removed]
     losses: dict[int, float] = {}
-    with flow(blocks, tokens, settings, progress, copies=len(candidates) + 1) as stream:
+    with flow(blocks, tokens, settings, progress, copies=len(candidates) + 1, work=work) as stream:
         behind = sum(sum(j > i for j in kept) for i in candidates)
-        progress.stage("perplexity without each block", (behind + max(candidates, default=0)) * stream.tokens)
+        common_way = sum(j < max(candidates, default=0) for j in kept)
+        progress.stage("perplexity without each block", (behind + common_way) * stream.tokens)
         common = stream.start(stream.all)
         tries: dict[int, HiddenStates] = {}
         for index in kept:
@@ -59,3 +66,34 @@ def removal_losses(
         losses.update({candidate: stream.loss(hidden, stream.all) for candidate, hidden in tries.items()})
         blocks.release_head()
     return [losses[candidate] for candidate in candidates]
+
+
+Losses = Callable[[tuple[int, ...], Sequence[int]], Sequence[float]]
+
+
+@contextlib.contextmanager
+def remembered_losses(
+    blocks: Blocks, tokens: CalibrationTokens, settings: CalibrateSettings, progress: CalibrationProgress
+) -> Iterator[Losses]:
+    """`removal_losses` as a function of `removed` and `candidates` that keeps its answers in the work folder, if any.
+
+    It has to be asked in the order of a search, with one more removed block each time.
+
+    Raises:
+        CalibrationError: the work folder is of other inputs, in use or damaged.
+    """
+    if settings.work is None:
+        yield lambda removed, candidates: removal_losses(blocks, tokens, removed, candidates, settings, progress)
+        return
+    inputs = identity(blocks.checkpoint, tokens, settings)
+    with WorkFolder(settings.work / "perplexity", inputs, "perplexity search") as work:
+
+        def losses(removed: tuple[int, ...], candidates: Sequence[int]) -> Sequence[float]:
+            number = len(removed)
+            if number < work.finished:
+                return [float(loss) for loss in work.block(number)["losses"]]
+            found = removal_losses(blocks, tokens, removed, candidates, settings, progress, work)
+            work.finish(number, {"losses": np.array(found)})
+            return found
+
+        yield losses

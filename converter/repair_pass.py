@@ -6,38 +6,23 @@ kept block behind the first run: what one correction leaves, later ones see and 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-from ziggurat.converter import repair
-from ziggurat.converter.blocks import Block, Blocks
+import numpy as np
+
+from ziggurat.converter.blocks import Blocks
 from ziggurat.converter.calibrate import CalibrateSettings, CalibrationProgress, Silent
 from ziggurat.converter.calibration_text import CalibrationTokens
-from ziggurat.converter.errors import PruneError
+from ziggurat.converter.calibration_work import WorkFolder, identity
+from ziggurat.converter.correction import Corrected, RepairSettings, correct
 from ziggurat.converter.flow import Flow, Windows, flow
 from ziggurat.converter.hidden import HiddenStates
-from ziggurat.converter.repair import Correction, Fold, Sums
-
-if TYPE_CHECKING:
-    import torch
-
-# With more inputs than this the sums take gigabytes and want more tokens than anybody calibrates with.
-MAX_INPUTS = 16384
-
-
-@dataclass(frozen=True)
-class RepairSettings:
-    """Which corrections are tried."""
-
-    inputs: bool = True
-    """Regress on what the down projection reads; False, or a mixture of experts: on what it gives, as in ReplaceMe."""
-    behind: bool = True
-    """Correct the kept blocks behind the first removed run too."""
-    weighted: bool = True
-    """Weigh tokens by the size of their hidden state."""
+from ziggurat.converter.prune_families import check_repairable
+from ziggurat.converter.repair import Fold
 
 
 @dataclass(frozen=True)
@@ -91,141 +76,154 @@ def cut(
         blocks: of a checkpoint whose blocks may go; the first stays.
         tokens: at least two sequences; a fifth of them are held out.
         removed: which blocks.
-        settings: device, batch and memory.
+        settings: device, batch, memory, and the folder from which a killed run is taken up again.
         repair_settings: which corrections; None: no repair.
         progress: who is told; a step is a token that went through a block.
 
     Raises:
-        PruneError: norms stand between the down projections and the residual stream.
-        CalibrationError: too few tokens, or hidden states that are no numbers.
+        PruneError: the family's blocks cannot be corrected.
+        CalibrationError: too few tokens, hidden states that are no numbers, or the work folder is of other inputs.
     """
     settings, progress = settings or CalibrateSettings(), progress or Silent()
-    if repair_settings is not None and blocks.family.post_norm:
-        raise PruneError(
-            f"removed blocks of a {blocks.checkpoint.architecture} cannot be made up for: a norm follows the down "
-            "projection, so no correction can be folded into it; leave the repair out with --no-repair"
-        )
-    with flow(blocks, tokens, settings, progress, copies=3) as stream:
-        run = _Cut(stream, tuple(sorted(removed)), repair_settings)
-        progress.stage("repair", run.steps())
-        return run.result()
+    removed = tuple(sorted(removed))
+    if repair_settings is not None:
+        check_repairable(blocks.checkpoint)
+    with contextlib.ExitStack() as stack:
+        work = None
+        if settings.work is not None:
+            tried = None if repair_settings is None else dataclasses.asdict(repair_settings)
+            listed = ", ".join(map(str, removed))
+            inputs = identity(blocks.checkpoint, tokens, settings, removed_blocks=listed, corrections=tried)
+            work = stack.enter_context(WorkFolder(settings.work / "repair", inputs, "repair"))
+        stream = stack.enter_context(flow(blocks, tokens, settings, progress, copies=3, work=work))
+        return _Cut(stream, removed, repair_settings, work).result(progress)
 
 
 @dataclass
 class _Cut:
+    """The way of up to three streams of hidden states through the blocks; a step is a kept block.
+
+    Streams: `whole`, the whole model's; from the first removed run on `plain`, of the cut model, held-out sequences
+    only; and `mended`, of the cut model with the corrections solved so far, when there is to be a repair.
+    """
+
     flow: Flow
     removed: tuple[int, ...]
     settings: RepairSettings | None
-    corrections: dict[int, Correction] = field(default_factory=dict)
+    work: WorkFolder | None
+    streams: dict[str, HiddenStates] = field(default_factory=dict)
+    corrected: dict[int, Corrected] = field(default_factory=dict)
 
-    def steps(self) -> int:
-        """Tokens that go through blocks, all streams together."""
-        n_layer, n_removed, tokens = self.flow.blocks.n_layer, len(self.removed), self.flow.tokens
-        cut = n_layer - n_removed - (self.removed[0] - 1 if self.removed else n_layer)
-        held = sum(b - a for a, b in self.flow.held_out) / sum(b - a for a, b in self.flow.all)
-        steps = tokens * (n_layer + cut * held + (2 * cut if self.settings else 0))
-        return int(steps)
+    def result(self, progress: CalibrationProgress) -> Repaired:
+        """Go through the blocks that are not finished, then judge."""
+        steps = self._steps()
+        judged = None if self.work is None else self._resume(steps)
+        done = 0 if self.work is None else min(self.work.finished, len(steps))
+        progress.stage("repair", sum(self._tokens(*step) for step in steps[done:]))
+        if judged is None:
+            if done == 0:
+                self.streams = {"whole": self.flow.start(self._windows("whole"))}
+            for number in range(done, len(steps)):
+                self._step(*steps[number])
+                self._keep(number, steps[number][0])
+            judged = self._judge()
+            if self.work is not None:
+                self.work.finish(len(steps), {name: np.array(value) for name, value in judged.items()})
+        return Repaired(
+            self.removed,
+            {i: c.fold for i, c in self.corrected.items()},
+            {i: c.ridge for i, c in self.corrected.items()},
+            {i: c.left for i, c in self.corrected.items()},
+            judged["loss_whole"], judged["loss_pruned"], judged["divergence_pruned"],
+            judged.get("loss_repaired"), judged.get("divergence_repaired"),
+        )  # fmt: skip
 
-    def result(self) -> Repaired:
-        """Go through the blocks."""
-        stream, settings = self.flow, self.settings
-        whole = stream.start(stream.all if settings else stream.held_out)
-        plain: HiddenStates | None = None
-        mended: HiddenStates | None = None
-        windows = stream.all if settings else stream.held_out
-        index = 0
-        while index < stream.blocks.n_layer:
+    def _steps(self) -> list[tuple[int, int]]:
+        """Of each step the kept block, and the first block that is not removed behind it."""
+        steps, index = [], 0
+        while index < self.flow.blocks.n_layer:
             end = index + 1
             while end in self.removed:
                 end += 1
-            block = stream.blocks.block(index)
-            if end > index + 1 and plain is None:
-                plain = stream.copy(whole, stream.held_out)
-                mended = stream.copy(whole, stream.all) if settings else None
-            if plain is not None:
-                stream.through(block, plain, stream.held_out)
-            stream.through(block, whole, windows)
-            for gone in range(index + 1, end):
-                del block  # one at a time
-                block = stream.blocks.block(gone)
-                stream.through(block, whole, windows)
-            if mended is not None and settings is not None:
-                if end > index + 1:
-                    del block
-                    block = stream.blocks.block(index)
-                if end > index + 1 or settings.behind:
-                    self._correct(block, mended, whole, settings)
-                else:
-                    stream.through(block, mended, stream.all)
+            steps.append((index, end))
             index = end
-        loss_whole = stream.loss(whole, stream.held_out)
-        pruned = (loss_whole, 0.0) if plain is None else stream.compare(plain, whole, stream.held_out)
-        repaired = (None, None) if mended is None else stream.compare(mended, whole, stream.held_out)
+        return steps
+
+    def _windows(self, stream: str) -> Windows:
+        """The batches that a stream has."""
+        return self.flow.all if self.settings and stream != "plain" else self.flow.held_out
+
+    def _tries(self, index: int, end: int) -> bool:
+        """Whether a correction is looked for in a kept block that is behind the first removed run, or before one."""
+        settings = self.settings
+        return settings is not None and index not in settings.skip and (end > index + 1 or settings.behind)
+
+    def _tokens(self, index: int, end: int) -> int:
+        """Tokens that go through blocks in a step, all streams together."""
+        share = {name: self.flow.count(self._windows(name)) for name in ("whole", "plain", "mended")}
+        tokens = (end - index) * share["whole"]
+        if self.removed and end > self.removed[0]:
+            tokens += share["plain"] + (0 if self.settings is None else share["mended"])
+        return tokens
+
+    def _step(self, index: int, end: int) -> None:
+        """Take all streams behind a kept block, and the whole model's behind the removed run that follows it."""
+        stream, streams = self.flow, self.streams
+        block = stream.blocks.block(index)
+        if end > index + 1 and "plain" not in streams:
+            for name in ("plain", "mended") if self.settings else ("plain",):
+                streams[name] = stream.copy(streams["whole"], self._windows(name))
+        if "plain" in streams:
+            stream.through(block, streams["plain"], self._windows("plain"))
+        stream.through(block, streams["whole"], self._windows("whole"))
+        for gone in range(index + 1, end):
+            del block  # one at a time
+            block = stream.blocks.block(gone)
+            stream.through(block, streams["whole"], self._windows("whole"))
+        if "mended" in streams and self.settings is not None:
+            if end > index + 1:
+                del block
+                block = stream.blocks.block(index)
+            if self._tries(index, end):
+                found = correct(stream, block, streams["mended"], streams["whole"], self.settings)
+                if found is not None:
+                    self.corrected[index] = found
+            else:
+                stream.through(block, streams["mended"], self._windows("mended"))
+
+    def _judge(self) -> dict[str, float]:
+        """Losses and divergences, by their names in `Repaired`."""
+        stream, streams, held_out = self.flow, self.streams, self.flow.held_out
+        judged = {"loss_whole": stream.loss(streams["whole"], held_out)}
+        judged |= {"loss_pruned": judged["loss_whole"], "divergence_pruned": 0.0}
+        for name, key in (("plain", "pruned"), ("mended", "repaired")):
+            if name in streams:
+                figures = stream.compare(streams[name], streams["whole"], held_out)
+                judged[f"loss_{key}"], judged[f"divergence_{key}"] = figures
         stream.blocks.release_head()
-        fold = repair.fold_inputs if settings and _on_inputs(stream.blocks, settings) else repair.fold_outputs
-        return Repaired(
-            self.removed,
-            {i: fold(c) for i, c in self.corrections.items()},
-            {i: c.ridge for i, c in self.corrections.items()},
-            {i: c.left for i, c in self.corrections.items()},
-            loss_whole, *pruned, *repaired,
-        )  # fmt: skip
+        return judged
 
-    def _correct(self, block: Block, mended: HiddenStates, wanted: HiddenStates, settings: RepairSettings) -> None:
-        """Bring the states of the cut model, before `block`, behind it and closer to those of the whole one."""
-        import torch
-
-        stream = self.flow
-        on_inputs = _on_inputs(stream.blocks, settings)
-
-        def summed(windows: Windows) -> Sums | None:
-            total: Sums | None = None
-            for window in windows:
-                with _regressors(block, on_inputs) as seen:
-                    behind = stream.run(block, mended, window)
-                target = stream.read(wanted, window).flatten(0, 1)
-                weight = repair.weights(target) if settings.weighted else torch.ones_like(target[:, 0]).double()
-                part = repair.sums(seen[0], target.double() - behind.flatten(0, 1).double(), weight)
-                total = part if total is None else total + part
-            return total
-
-        fit, held_out = summed(stream.fit), summed(stream.held_out)
-        correction = None if fit is None or held_out is None else repair.choose(fit, held_out)
-        if correction is None:
-            stream.through(block, mended, stream.all)
+    def _keep(self, number: int, block: int) -> None:
+        """Save what a step led to; all of it counts from the moment that the work folder notes the step."""
+        if self.work is None:
             return
-        self.corrections[block.index] = correction
-        matrix = correction.matrix.to(stream.blocks.dtype)
-        for window in stream.all:
-            with _regressors(block, on_inputs) as seen:
-                behind = stream.run(block, mended, window)
-            mended.write(window[0], behind + (seen[0] @ matrix).reshape(behind.shape))
+        for name, hidden in self.streams.items():
+            hidden.copy_to(self.work.hidden_path(number + 1, name), self._windows(name))
+        self.work.finish(number, self.corrected[block].pack() if block in self.corrected else {})
 
-
-def _on_inputs(blocks: Blocks, settings: RepairSettings) -> bool:
-    """Whether corrections are regressed on the inputs of the down projections."""
-    config: dict[str, Any] = blocks.checkpoint.config
-    wide = int(config.get("intermediate_size") or config.get("n_inner") or 4 * blocks.n_embd) > MAX_INPUTS
-    return settings.inputs and blocks.family.down is not None and not wide
-
-
-@contextmanager
-def _regressors(block: Block, on_inputs: bool) -> Iterator[list[torch.Tensor]]:
-    """Collect, while a block runs, what corrections are regressed on: shape [tokens, f]."""
-    seen: list[torch.Tensor] = []
-
-    def inputs(module: Any, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].detach().flatten(0, -2))
-
-    def outputs(module: Any, args: tuple[Any, ...], result: Any) -> None:
-        out = result[0] if isinstance(result, tuple) else result
-        seen.append(out.detach().reshape(-1, out.shape[-1]))
-
-    if on_inputs:
-        handle = getattr(block.mlp, block.family.down or "").register_forward_pre_hook(inputs)
-    else:
-        handle = block.mlp.register_forward_hook(outputs)
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    def _resume(self, steps: list[tuple[int, int]]) -> dict[str, float] | None:
+        """Read what is finished; what was judged, if that is."""
+        work = self.work
+        assert work is not None
+        for number, (block, _) in enumerate(steps[: work.finished]):
+            if arrays := work.block(number):
+                self.corrected[block] = Corrected.unpack(arrays)
+        if work.finished > len(steps):
+            return {name: float(value) for name, value in work.block(len(steps)).items()}
+        if work.finished:
+            cut = bool(self.removed) and steps[work.finished - 1][1] > self.removed[0]
+            for name in ("whole", "plain", "mended") if cut else ("whole",):
+                if name != "mended" or self.settings is not None:
+                    path = work.hidden_path(work.finished, name)
+                    self.streams[name] = self.flow.resume(path, self._windows(name))
+        return None

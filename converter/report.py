@@ -16,9 +16,10 @@ import psutil
 
 from ziggurat.converter import ggml
 from ziggurat.converter.errors import OutputError
+from ziggurat.converter.mix_record import MixRecord
 from ziggurat.converter.prune_record import PruneRecord
 from ziggurat.converter.quantize import BF16, F16, F32
-from ziggurat.converter.tuning_record import CalibrationRecord, ImportanceRecord
+from ziggurat.converter.tuning_record import CalibrationRecord, CompensationRecord, ImportanceRecord, ScalesRecord
 from ziggurat.converter.upstream import Plan
 from ziggurat.converter.write import is_special, partial_name, real
 
@@ -71,6 +72,12 @@ class Report:
     """What the quantization was fitted on; None: on nothing."""
     importance: ImportanceRecord | None = None
     """The importance matrix gathered there; None: none."""
+    scales: ScalesRecord | None = None
+    """The activation-aware scales; None: none were searched."""
+    compensation: CompensationRecord | None = None
+    """The tensors whose errors were compensated; None: none were."""
+    mix: MixRecord | None = None
+    """Types chosen for a size; None: those of the recipe `type`."""
 
     def to_json(self) -> str:
         """The report as JSON text."""

@@ -25,11 +25,10 @@ from ziggurat.converter.calibrate import (
     CalibrateSettings,
     CalibrationProgress,
     Silent,
-    pass_identity,
     torch_threads,
 )
 from ziggurat.converter.calibration_text import CalibrationTokens
-from ziggurat.converter.calibration_work import WorkFolder
+from ziggurat.converter.calibration_work import WorkFolder, identity
 from ziggurat.converter.linears import HEAD
 from ziggurat.converter.repair import Fold
 from ziggurat.converter.samples import Sampler
@@ -118,7 +117,7 @@ class TunedModel:
 
 def tune(
     model: TunedModel, tokens: CalibrationTokens, steps: Sequence[BlockStep], settings: CalibrateSettings,
-    progress: CalibrationProgress | None = None,
+    progress: CalibrationProgress | None = None, *, stage: str = "tuning",
 ) -> WorkFolder:  # fmt: skip
     """Run the calibration text through the model, and the steps on every block.
 
@@ -129,8 +128,9 @@ def tune(
         model: which.
         tokens: at least two sequences.
         steps: in order; each sees what those before it found.
-        settings: device, memory and batches; `work` is where the arrays stay.
+        settings: device, memory and batches; in `work`, which is not None, the arrays stay.
         progress: who is told; a step is a token that went through a block.
+        stage: what it is called, and its folder in `work`.
 
     Returns:
         The folder, of whose places `block` reads the figures: statistics as `activations.pack` has them, and the
@@ -142,9 +142,10 @@ def tune(
     assert settings.work is not None
     progress = progress or Silent()
     parts = split(tokens, settings.batch_tokens)
-    with torch_threads(settings.threads), WorkFolder(settings.work, _identity(model, tokens, steps, settings)) as work:
+    folder, inputs = settings.work / stage, _identity(model, tokens, steps, settings)
+    with torch_threads(settings.threads), WorkFolder(folder, inputs, stage) as work:
         kept = model.kept
-        progress.stage("tuning", (len(kept) - work.finished) * tokens.ids.size)
+        progress.stage(stage, (len(kept) - work.finished) * tokens.ids.size)
         visitor = _Visitor(model, parts, steps)
         BlockPass(model.blocks, parts.tokens, parts.all, settings, work).run(
             kept, visitor.visit, progress, prepare=visitor.prepare
@@ -161,16 +162,16 @@ def found(arrays: Arrays, step: str) -> dict[str, npt.NDArray[Any]]:
 def _identity(
     model: TunedModel, tokens: CalibrationTokens, steps: Sequence[BlockStep], settings: CalibrateSettings
 ) -> dict[str, Any]:
-    identity = pass_identity(model.blocks.checkpoint, tokens, settings)
-    identity["removed blocks"] = list(model.removed)
-    identity["repair"] = _hash(model.folds)
-    identity["steps"] = [step.name for step in steps]
-    for step in steps:
-        identity.update({f"{step.name} {key}": value for key, value in step.identity.items()})
-    return identity
+    """All that decides what is found."""
+    common = identity(
+        model.blocks.checkpoint, tokens, settings,
+        removed_blocks=list(model.removed), repair=folds_hash(model.folds), steps=[step.name for step in steps],
+    )  # fmt: skip
+    return {**common, **{f"{step.name} {key}": value for step in steps for key, value in step.identity.items()}}
 
 
-def _hash(folds: Mapping[int, Fold]) -> str:
+def folds_hash(folds: Mapping[int, Fold]) -> str:
+    """Hash of a repair."""
     digest = hashlib.sha256()
     for index, fold in sorted(folds.items()):
         for field in dataclasses.fields(fold):
@@ -208,16 +209,14 @@ class _Visitor:
             self._begin_batch()
             for number, (start, before, behind) in enumerate(passing, 1):
                 if number > self._fit:
-                    held_out += [states for i, states in enumerate(before, start) if i in self._chosen]
+                    held_out += [states.clone() for i, states in enumerate(before, start) if i in self._chosen]
                 if number == self._fit:
                     fit = self._collector.take()
                 if self._places[block.index] == len(self._places) - 1 and HEAD in self._model.tensors:
                     of_head = activations.channel_statistics(self._model.blocks.final_norm(behind))
                     head = of_head if head is None else head + of_head
                 self._begin_batch()
-        rest = self._collector.take()
-        every = {name: rest[name] + fit[name] if name in fit else rest[name] for name in rest}
-        every.update({name: fit[name] for name in fit if name not in rest})
+        every = _added(fit, self._collector.take())
         arrays = activations.pack(every if head is None else {**every, HEAD: head})
         if self._steps:
             captured = self._captured(block, fit, every, held_out)
@@ -254,6 +253,14 @@ class _Visitor:
             held_out=torch.stack(held_out),
             found={},
         )
+
+
+def _added(a: Mapping[str, ChannelStatistics], b: Mapping[str, ChannelStatistics]) -> dict[str, ChannelStatistics]:
+    """Statistics of both; a mixture's expert layers may be in one only."""
+    every = dict(a)
+    for name, statistics in b.items():
+        every[name] = every[name] + statistics if name in every else statistics
+    return every
 
 
 def _held_out(parts: Split) -> set[int]:

@@ -81,6 +81,7 @@ class GGUFFile:
         self._arch, self._metadata, self._tensors = arch, metadata, tensors
         self.sizes = [stored_bytes(shape, type_id) for _, shape, type_id in tensors]
         self.data_bytes = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in self.sizes)
+        self.header_bytes = 0  # known once it is written
         self._file: BinaryIO | None = None
         self._lock: BinaryIO | None = None
         self._committed = False
@@ -112,7 +113,10 @@ class GGUFFile:
         from llama_cpp import _gguf as gguf
 
         _remove_abandoned(self.path)
-        free = shutil.disk_usage(self.partial.parent).free
+        try:
+            free = shutil.disk_usage(self.partial.parent).free
+        except OSError as e:
+            raise self._write_error(e) from e
         if free < self.data_bytes:
             raise OutputError(
                 f"{self.partial.parent} has {free / 1e6:.1f} MB free, {self.path.name} needs "
@@ -134,7 +138,8 @@ class GGUFFile:
             self._file = self.partial.open("r+b")
             self._file.seek(0, os.SEEK_END)
             self._pad()
-            self._reserve(self._file.tell() + self.data_bytes)
+            self.header_bytes = self._file.tell()
+            self._reserve(self.header_bytes + self.data_bytes)
         except OSError as e:
             raise self._write_error(e) from e
         except (struct.error, TypeError, ValueError) as e:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ziggurat.runtime.plan import KVShape
 
 _PRUNE = "ziggurat.prune."
+_CALIBRATION = "ziggurat.calibration."
 
 _DEFAULT_CONTEXTS = (4096, 8192, 32768, 131072)
 
@@ -267,8 +268,9 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"{tokenizer['model'] or '-'}/{tokenizer['pre'] or '-'}, {tokenizer['tokens']} tokens, {template}",
         )
     )
-    facts += _pruned(report["ziggurat"])
-    facts += [(key, str(value)) for key, value in report["ziggurat"].items() if not key.startswith(_PRUNE)]
+    facts += _pruned(report["ziggurat"]) + _calibrated(report["ziggurat"])
+    told = (_PRUNE, _CALIBRATION)
+    facts += [(key, str(value)) for key, value in report["ziggurat"].items() if not key.startswith(told)]
     return facts
 
 
@@ -298,3 +300,9 @@ def _pruned(fields: dict[str, Any]) -> list[tuple[str, str]]:
     if value("calibration.tokens"):
         facts.append(("calibration", f"{value('calibration.tokens')} tokens, sha256 {value('calibration.hash')}"))
     return facts
+
+
+def _calibrated(fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the converter notes about the text that the quantization was fitted on."""
+    source, tokens, sha256 = (fields.get(_CALIBRATION + key) for key in ("source", "tokens", "hash"))
+    return [] if source is None else [("calibrated on", f"{tokens} tokens of {source}, sha256 {sha256}")]

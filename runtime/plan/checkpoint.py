@@ -44,6 +44,7 @@ FAMILIES = {
     "qwen3_moe": Family("qwen3moe"),
     "gemma2": Family("gemma2", tied=True, head_dim=256, norms=4),
     "gemma3_text": Family("gemma3", tied=True, head_dim=256, norms=4),
+    "olmo2": Family("olmo2", norms=4),
     "phi3": Family("phi3", fused=True),
     "gpt2": Family("gpt2", tied=True, fused=True, gated=False),
 }

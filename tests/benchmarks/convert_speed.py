@@ -13,27 +13,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from commands import measure
 from random_model import write_model
-
-
-def measure(*commands: list[str]) -> tuple[float, int]:
-    """Wall seconds of the commands one after the other, and the largest peak memory of any of them, in bytes."""
-    start, peak = time.perf_counter(), 0
-    for command in commands:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"{command[0]} fails: {process.stderr.read().decode()[-500:] if process.stderr else ''}")
-        if process.stderr:
-            process.stderr.close()
-        peak = max(peak, usage.ru_maxrss * 1024)
-    return time.perf_counter() - start, peak
 
 
 def main() -> None:
@@ -48,7 +33,7 @@ def main() -> None:
         work = Path(name)
         write_model(work / "model", "1b")
         ours = [sys.executable, "-m", "ziggurat.converter", str(work / "model"), str(work / "ours.gguf"), "--force",
-                "--type", options.type, "--threads", str(threads)]  # fmt: skip
+                "--type", options.type, "--threads", str(threads), "--no-awq", "--no-imatrix"]  # fmt: skip
         theirs = (
             [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(work / "model"), "--outtype", "f16", "--outfile",
              str(work / "f16.gguf")],

@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from commands import run
 
 PATTERNS = {
     "perplexity": r"Mean PPL\(Q\)\s*:\s*([\d.]+)",
@@ -32,15 +33,6 @@ PATTERNS = {
     "top1_agreement": r"Same top p:\s*([\d.]+)",
 }
 LIMITS = {"perplexity": 1e-3, "reference_perplexity": 1e-3, "kl_divergence": 1e-2}
-
-
-def run(*command: object) -> str:
-    """Run a command and return all it wrote; ends with its last lines when it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, check=False)
-    text = (done.stdout + done.stderr).decode(errors="replace")
-    if done.returncode:
-        raise SystemExit(f"{command[0]} fails: {text[-800:]}")
-    return text
 
 
 def find(pattern: str, text: str) -> float:

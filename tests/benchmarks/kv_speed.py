@@ -210,6 +210,7 @@ def ready_model(options: argparse.Namespace) -> Path:
         options.work.mkdir(parents=True, exist_ok=True)
         write_model(options.work / "0.3b", "0.3b")
         command = ["-m", "ziggurat.converter", str(options.work / "0.3b"), str(path), "--type", "q4_0"]
+        command += ["--no-awq", "--no-imatrix"]
         subprocess.run([sys.executable, *command], check=True)
     return path
 

@@ -13,25 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-MODEL = HERE.parent / "reference_model"
-sys.path.insert(0, str(MODEL))
+import commands
+from texts import MODEL, write_texts
 
 COUNTS = (1, 2, 3, 4)
-TEXTS = ("tinystories_more.txt", "wikitext_valid.txt", "tinyshakespeare.txt", "dialogues.txt")
-CALIBRATION_CHARACTERS, HELD_OUT_CHARACTERS = 40_000, 16_000
-CHATS, CHAT_SENTENCES, CHAT_FACTS = 60, 24, 4
-CHAT = (
-    "<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>"
-)
+ABLATED = 3  # blocks removed where single corrections are left out to see what they do
 VARIANTS = {
     "ReplaceMe": {"inputs": False, "behind": False, "weighted": False},
     "+ weighted tokens": {"inputs": False, "behind": False},
@@ -40,58 +30,12 @@ VARIANTS = {
 }
 
 
-def chats(stories: str) -> str:
-    """Chats in which facts hidden in stories are asked for: without any, calibration knows nothing of looking back."""
-    from notebooks import QUESTIONS, draw_facts
-
-    rng = random.Random(0)
-    sentences = [s.strip() + "." for s in stories[:200_000].replace("\n", " ").split(".") if 20 < len(s) < 120]
-    written = []
-    for _ in range(CHATS):
-        start = rng.randrange(len(sentences) - CHAT_SENTENCES)
-        lines, facts = sentences[start : start + CHAT_SENTENCES], draw_facts(rng, CHAT_FACTS)
-        for fact in facts:
-            lines.insert(rng.randrange(len(lines) + 1), fact.sentence)
-        asked = rng.choice(facts)
-        question = rng.choice(QUESTIONS).format(key=asked.key)
-        written.append(CHAT.format(text=" ".join([*lines, question]), answer=asked.sentence))
-    return "\n".join(written)
-
-
-def write_texts(source: Path, folder: Path, *, facts: bool) -> tuple[Path, Path]:
-    """A calibration folder from the training part of the texts, and a file from their held-out part."""
-    from data import read_text
-
-    calibration, held_out = folder / "calibration", folder / "held-out.txt"
-    calibration.mkdir()
-    for name in TEXTS:
-        text = read_text(source, name)
-        start = len(text) // 3
-        (calibration / name).write_text(text[start : start + CALIBRATION_CHARACTERS], encoding="utf-8")
-    if facts:
-        (calibration / "chats.txt").write_text(chats(read_text(source, "tinystories_train.txt")), encoding="utf-8")
-    parts = (read_text(source, name, held_out=True)[:HELD_OUT_CHARACTERS] for name in TEXTS)
-    held_out.write_text("\n\n".join(parts), encoding="utf-8")
-    return calibration, held_out
-
-
 def evaluate(model: Path, reference: Path, text: Path, options: argparse.Namespace) -> dict[str, float]:
     """What `ziggurat eval` finds."""
-    out = model.with_suffix(".json")
-    words = [
-        "eval", model, "--text", text, "--against", reference, "--needle", "--needle-lengths", "512",
-        "--needle-trials", options.trials, "--threads", options.threads, "--json", out,
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "ziggurat.runtime", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise SystemExit(f"ziggurat eval fails: {done.stderr.decode(errors='replace')[-800:]}")
-    found = json.loads(out.read_text())
-    return {
-        "perplexity": found["perplexity"],
-        "kl_divergence": found["kl_divergence"],
-        "top1_agreement": found["top1_agreement"],
-        "retrieval": found["needle"]["accuracy"],
+    needle = ["--needle", "--needle-lengths", 512, "--needle-trials", options.trials]
+    found = commands.evaluate(model, text, reference, options.threads, *needle)
+    return {name: found[name] for name in ("perplexity", "kl_divergence", "top1_agreement")} | {
+        "retrieval": found["needle"]["accuracy"]
     }
 
 
@@ -101,10 +45,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from ziggurat.converter.calibrate import CalibrateSettings, Silent
     from ziggurat.converter.calibration_text import TextSettings
     from ziggurat.converter.checkpoint import open_checkpoint
+    from ziggurat.converter.correction import RepairSettings
     from ziggurat.converter.depth import Measuring
     from ziggurat.converter.pipeline import ConvertSettings, convert
-    from ziggurat.converter.prune import CRITERIA, PruneSettings
-    from ziggurat.converter.repair_pass import RepairSettings, cut
+    from ziggurat.converter.prune import CRITERIA, PruneSettings, runs
+    from ziggurat.converter.repair_pass import cut
 
     calibration, text = write_texts(options.texts, folder, facts=not options.no_facts)
     settings, source = CalibrateSettings(threads=options.threads), TextSettings(calibration)
@@ -113,6 +58,16 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     convert(MODEL, whole, ConvertSettings(type="bf16", threads=options.threads))
     none = evaluate(whole, whole, text, options)
     print(f"whole: {none}", flush=True)
+
+    def without(prune: PruneSettings) -> dict[str, float]:
+        out = folder / "cut.gguf"
+        how = ConvertSettings(type="bf16", threads=options.threads, prune=prune, calibration=source, force=True)
+        record = convert(MODEL, out, how).prune
+        assert record is not None
+        figures = evaluate(out, whole, text, options)
+        print(f"{prune.blocks}, {record.repair.method} of {record.repair.blocks}: {figures}", flush=True)
+        return figures
+
     done: dict[tuple[tuple[int, ...], bool], dict[str, float]] = {}
     rows = []
     for criterion in CRITERIA:
@@ -122,15 +77,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for repair in (False, True):
                 key = blocks, repair
                 if key not in done:
-                    out = folder / "cut.gguf"
-                    prune = PruneSettings(blocks=blocks, repair=repair)
-                    how = ConvertSettings(
-                        type="bf16", threads=options.threads, prune=prune, calibration=source, force=True
-                    )
-                    record = convert(MODEL, out, how).prune
-                    assert record is not None
-                    done[key] = evaluate(out, whole, text, options)
-                    print(f"{blocks}, {record.repair.method}: {done[key]}", flush=True)
+                    done[key] = without(PruneSettings(blocks=blocks, repair=repair))
                 rows.append({"criterion": criterion, "count": count, "blocks": blocks, "repair": repair, **done[key]})
     variants = []
     for count in COUNTS:
@@ -140,7 +87,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             found = cut(Blocks(measuring.checkpoint), measuring.tokens, blocks, settings, RepairSettings(**parts))
             row["no repair"], row[name] = found.divergence_pruned, found.divergence_repaired
         variants.append(row)
-    return {"whole": none, "rows": rows, "held_out_divergence": variants}
+    blocks = measuring.choose("influence", ABLATED)
+    left_out = [
+        {"count": ABLATED, "blocks": blocks, "uncorrected": before,
+         **without(PruneSettings(blocks=blocks, uncorrected=(before,)))}
+        for before in (first - 1 for first, _ in runs(blocks))
+    ]  # fmt: skip
+    return {"whole": none, "rows": rows, "held_out_divergence": variants, "one_correction_less": left_out}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -162,6 +115,12 @@ def table(found: dict[str, Any]) -> str:
     lines += ["", f"| removed | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
     for row in found["held_out_divergence"]:
         lines.append(f"| {row['count']} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |")
+    for row in found["one_correction_less"]:
+        blocks = ", ".join(map(str, row["blocks"]))
+        figures = (
+            f"perplexity {row['perplexity']:.2f}, KLD {row['kl_divergence']:.3f}, retrieval {row['retrieval']:.0%}"
+        )
+        lines += ["", f"Without blocks {blocks}, repaired but for block {row['uncorrected']}: {figures}"]
     return "\n".join(lines)
 
 
@@ -196,7 +155,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--no-facts", action="store_true", help="calibrate on the texts alone, without chats")
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import llama_cpp
 import pytest
 
 from helpers import families
-from ziggurat.converter.pipeline import ConvertSettings, convert
+from helpers.plain import plain
+from ziggurat.converter.pipeline import convert
 
 MakeCheckpoint = Callable[..., Path]
 MakeGguf = Callable[[Path, str], Path]
@@ -40,8 +43,17 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> MakeGguf:
             with warnings.catch_warnings():
                 # upstream's T5 class leaves closing its vocabulary to the garbage collector
                 warnings.simplefilter("ignore", ResourceWarning)
-                convert(folder, out, ConvertSettings(type=type_name))
+                convert(folder, out, plain(type=type_name))
             made[folder, type_name] = out
         return made[folder, type_name]
 
     return make
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """llama.cpp's own quantizer prints pages: nobody listens."""
+    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    yield
+    llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))

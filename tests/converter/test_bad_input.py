@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
+from helpers.plain import PLAIN_FLAGS
 from ziggurat.converter.cli import convert
 
 MakeCheckpoint = Callable[..., Path]
@@ -218,7 +219,7 @@ def test_a_vision_encoder(folder: Path, tmp_path: Path) -> None:
 def test_libraries_warnings_are_not_the_users(folder: Path, tmp_path: Path) -> None:
     """transformers warns when it reads this text model's configuration as that of a vision-language model."""
     edit(folder / "config.json", architectures=["LlavaForConditionalGeneration"], model_type="llava")
-    refused(run(folder, tmp_path / "out.gguf"), "config.json")
+    refused(run(folder, tmp_path / "out.gguf", *PLAIN_FLAGS), "config.json")
 
 
 def test_a_value_that_no_gguf_can_hold(folder: Path, tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_non_finite_weights(folder: Path, tmp_path: Path, value: float, type_nam
         tensors[name][3, 7] = value  # type: ignore[index]
 
     edit_tensor(folder, spoil)
-    result = run(folder, tmp_path / "out.gguf", "--type", type_name)
+    result = run(folder, tmp_path / "out.gguf", "--type", type_name, *PLAIN_FLAGS)
     assert result.exit_code == 1
     assert "blk.1.ffn_up.weight has NaN or infinite values" in result.stderr.splitlines()[-1]
 
@@ -319,7 +320,7 @@ def test_unknown_quantization(folder: Path, tmp_path: Path, method: str) -> None
 
 @pytest.mark.parametrize("type_name", ["iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "q2_k_s", "iq1_s"])
 def test_types_that_need_an_importance_matrix(folder: Path, tmp_path: Path, type_name: str) -> None:
-    refused(run(folder, tmp_path / "out.gguf", "--type", type_name), "importance matrix", "--imatrix")
+    refused(run(folder, tmp_path / "out.gguf", "--type", type_name, *PLAIN_FLAGS), "importance matrix", "--imatrix")
 
 
 def test_unreadable_importance_matrix(folder: Path, tmp_path: Path) -> None:
@@ -435,6 +436,6 @@ def test_python_files_of_a_checkpoint_are_never_imported(
     for name in ("ctypes", "numpy", "llama_cpp", "subprocess", "typing_extensions"):
         (folder / f"{name}.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
     monkeypatch.chdir(folder)
-    result = run(".", tmp_path / "out.gguf")
+    result = run(".", tmp_path / "out.gguf", *PLAIN_FLAGS)
     (tmp_path / "out.gguf").unlink()
     assert result.exit_code == 0 and not ran.exists()

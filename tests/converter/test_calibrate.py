@@ -73,7 +73,9 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
 
 
-@pytest.mark.parametrize("name", ["llama31_rope", "qwen2", "qwen3_moe", "gemma2", "gemma3", "phi3", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama31_rope", "qwen2", "qwen3_moe", "gemma2", "gemma3", "phi3", "mixtral", "gpt2", "olmo2"]
+)
 def test_influence_and_angles_are_those_of_the_whole_model(name: str, checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint(name)
     got = calibrate(open_checkpoint(folder), TOKENS, SETTINGS)
@@ -171,19 +173,20 @@ def test_what_a_kill_leaves_behind_does_no_harm(deep: Path, whole: Calibration, 
     settings = dataclasses.replace(SETTINGS, work=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         calibrate(open_checkpoint(deep), TOKENS, settings, Watcher(300))
+    folder = tmp_path / "calibration"
     # a kill between the files of a block and the manifest: newer files than it counts, and halves
     for name in ("hidden.partial", "block.partial", "manifest.partial"):
-        (tmp_path / name).write_bytes(b"half")
+        (folder / name).write_bytes(b"half")
     for name in ("block-0002.npz", "sample-0003.npy", "hidden-0003.f32"):
-        (tmp_path / name).write_bytes(b"not of this run")
+        (folder / name).write_bytes(b"not of this run")
     assert_same(calibrate(open_checkpoint(deep), TOKENS, settings), whole)
 
 
 def test_hidden_states_are_removed_or_kept(deep: Path, tmp_path: Path) -> None:
     calibrate(open_checkpoint(deep), TOKENS, dataclasses.replace(SETTINGS, work=tmp_path / "a"))
-    assert [path.name for path in (tmp_path / "a").glob("hidden*")] == ["hidden-0005.f32"]
+    assert [path.name for path in (tmp_path / "a" / "calibration").glob("hidden*")] == ["hidden-0005.f32"]
     calibrate(open_checkpoint(deep), TOKENS, dataclasses.replace(SETTINGS, work=tmp_path / "b", keep_hidden=True))
-    kept = sorted((tmp_path / "b").glob("hidden*"))
+    kept = sorted((tmp_path / "b" / "calibration").glob("hidden*"))
     assert [path.name for path in kept] == [f"hidden-{i:04}.f32" for i in range(6)]
     states, _ = hidden_states(load(deep), TOKENS.ids)
     for path, wanted in zip(kept, states, strict=True):
@@ -228,7 +231,8 @@ def test_changed_weights_are_refused(deep: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"finished": 1}', '{"finished": "x", "identity": {}}'])
 def test_a_damaged_manifest_is_refused(deep: Path, tmp_path: Path, damage: str) -> None:
-    (tmp_path / "manifest.json").write_text(damage)
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "manifest.json").write_text(damage)
     with pytest.raises(CalibrationError, match="manifest.json is damaged: remove"):
         calibrate(open_checkpoint(deep), TOKENS, dataclasses.replace(SETTINGS, work=tmp_path))
 
@@ -239,9 +243,10 @@ def test_damaged_files_are_refused(deep: Path, tmp_path: Path, name: str, conten
     settings = dataclasses.replace(SETTINGS, work=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         calibrate(open_checkpoint(deep), TOKENS, settings, Watcher(300))
-    (tmp_path / name).unlink()
+    path = tmp_path / "calibration" / name
+    path.unlink()
     if content is not None:
-        (tmp_path / name).write_bytes(content)
+        path.write_bytes(content)
     with pytest.raises(CalibrationError, match=f"{name} is missing or damaged: remove"):
         calibrate(open_checkpoint(deep), TOKENS, settings)
 
@@ -251,7 +256,7 @@ def test_a_folder_in_use_is_refused(deep: Path, tmp_path: Path) -> None:
 
     class Intruder(Watcher):
         def step(self, count: int, what: str) -> None:
-            with pytest.raises(CalibrationError, match="in use by another calibration"):
+            with pytest.raises(CalibrationError, match="in use by another conversion"):
                 calibrate(open_checkpoint(deep), TOKENS, settings)
             raise KeyboardInterrupt
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from gguf import GGUFReader
 
 from helpers.hub_server import ERRORS, Hub, Repository, serve
+from helpers.plain import PLAIN_FLAGS
 from ziggurat.converter import hub as hub_module
 from ziggurat.converter.cli import convert
 from ziggurat.converter.errors import HubError
@@ -76,7 +77,7 @@ def run(hub: Hub, tmp_path: Path, *args: str, **environment: str) -> subprocess.
     """The command as people run it, with nothing but the environment to tell it where the hub is."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TQDM"))}
     return subprocess.run(
-        [sys.executable, "-m", "ziggurat.converter", *args],
+        [sys.executable, "-m", "ziggurat.converter", *args, *PLAIN_FLAGS],
         env={**inherited, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), **environment},
         cwd=tmp_path,
         capture_output=True,

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import _conversion, _gguf
 
+from helpers.plain import plain
 from helpers.quantizer import quantize
 from ziggurat.converter.errors import ImatrixError
-from ziggurat.converter.pipeline import ConvertSettings, convert
+from ziggurat.converter.pipeline import convert
 from ziggurat.converter.recipes import FTYPES
 
 MakeCheckpoint = Callable[..., Path]
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 TYPES = ["q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "iq4_nl", "q5_k_m", "q6_k", "q8_0",
          "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "iq3_s", "iq3_m"]  # fmt: skip
 IMATRIX_TYPES = ["q4_k_m", "q4_0", "iq4_xs", "q2_k_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs",
                  "iq1_s", "iq1_m"]  # fmt: skip
-FAMILIES = ["llama_tied", "llama_untied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3_moe", "gpt2"]
+FAMILIES = ["llama_tied", "llama_untied", "qwen2", "gemma3", "phi3", "mixtral", "qwen3_moe", "gpt2", "olmo2"]
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +65,6 @@ def same(ours: Path, reference: Path) -> None:
         assert mine[2] == wanted[2], mine[0]
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    yield
-    llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
-
-
 def write_imatrix(path: Path, columns: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Write random importance data in llama.cpp's GGUF form; return the means it stands for."""
     rng = np.random.default_rng(5)
@@ -96,13 +89,13 @@ def write_imatrix(path: Path, columns: dict[str, tuple[int, ...]]) -> dict[str, 
 def test_every_type(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
     """A checkpoint in F32 shows that the rounding to BF16 comes first, as in the chain."""
     quantize(upstream("llama_gqa", "float32"), tmp_path / "ref.gguf", FTYPES[type_name])
-    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
+    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", plain(type=type_name))
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
 
 @pytest.mark.parametrize("type_name", ["f32", "f16", "bf16"])
 def test_unquantized(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
-    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
+    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", plain(type=type_name))
     same(tmp_path / "own.gguf", upstream("llama_gqa", "float32", type_name))
 
 
@@ -112,7 +105,7 @@ def test_every_family(
     checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, family: str, type_name: str
 ) -> None:
     quantize(upstream(family, "bfloat16"), tmp_path / "ref.gguf", FTYPES[type_name])
-    convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", ConvertSettings(type=type_name))
+    convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", plain(type=type_name))
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
 
@@ -128,7 +121,7 @@ def test_with_an_importance_matrix(
     }
     means = write_imatrix(tmp_path / "imatrix.gguf", columns)
     quantize(source, tmp_path / "ref.gguf", FTYPES[type_name], means)
-    settings = ConvertSettings(type=type_name, imatrix=tmp_path / "imatrix.gguf")
+    settings = plain(type=type_name, imatrix=tmp_path / "imatrix.gguf")
     convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", settings)
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
@@ -136,4 +129,4 @@ def test_with_an_importance_matrix(
 def test_an_importance_matrix_of_another_model(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     write_imatrix(tmp_path / "imatrix.gguf", {"blk.0.attn_q.weight": (1, 7)})
     with pytest.raises(ImatrixError, match="another model"):
-        convert(checkpoint("llama_gqa"), tmp_path / "own.gguf", ConvertSettings(imatrix=tmp_path / "imatrix.gguf"))
+        convert(checkpoint("llama_gqa"), tmp_path / "own.gguf", plain(imatrix=tmp_path / "imatrix.gguf"))

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.plain import PLAIN_FLAGS, plain
 from ziggurat.converter import pipeline, write
 from ziggurat.converter.errors import OutputError
-from ziggurat.converter.pipeline import ConvertSettings, convert
+from ziggurat.converter.pipeline import convert
 from ziggurat.converter.report import Estimate
 
 MakeCheckpoint = Callable[..., Path]
@@ -39,7 +40,7 @@ class Recorder:
 
 def test_report_and_progress(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     out, recorder = tmp_path / "out.gguf", Recorder()
-    settings = ConvertSettings(report=tmp_path / "report.json", threads=2)
+    settings = plain(report=tmp_path / "report.json", threads=2)
     report = convert(checkpoint("llama_gqa"), out, settings, recorder)
     assert report.output_bytes == out.stat().st_size
     assert sum(share.parameters for share in report.types.values()) == report.parameters == recorder.parameters
@@ -52,7 +53,7 @@ def test_report_and_progress(checkpoint: MakeCheckpoint, tmp_path: Path) -> None
 
 def test_same_file_for_any_number_of_threads(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     for threads in (1, 3):
-        convert(checkpoint("qwen3"), tmp_path / f"{threads}.gguf", ConvertSettings(threads=threads))
+        convert(checkpoint("qwen3"), tmp_path / f"{threads}.gguf", plain(threads=threads))
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()
 
 
@@ -60,8 +61,8 @@ def test_force_replaces(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     out.write_text("old")
     with pytest.raises(OutputError):
-        convert(checkpoint("llama_gqa"), out)
-    convert(checkpoint("llama_gqa"), out, ConvertSettings(force=True))
+        convert(checkpoint("llama_gqa"), out, plain())
+    convert(checkpoint("llama_gqa"), out, plain(force=True))
     assert out.read_bytes()[:4] == b"GGUF"
 
 
@@ -70,7 +71,7 @@ def test_sharded_checkpoint_gives_the_same_file(checkpoint: MakeCheckpoint, tmp_
     from safetensors.numpy import load_file, save_file
 
     folder = Path(shutil.copytree(checkpoint("llama_gqa", dtype="float32"), tmp_path / "a" / "model"))
-    convert(folder, tmp_path / "single.gguf")
+    convert(folder, tmp_path / "single.gguf", plain())
     tensors = load_file(folder / "model.safetensors")
     weight_map = {}
     for i, part in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
@@ -79,7 +80,7 @@ def test_sharded_checkpoint_gives_the_same_file(checkpoint: MakeCheckpoint, tmp_
         weight_map.update(dict.fromkeys(part, shard))
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    convert(folder, tmp_path / "sharded.gguf")
+    convert(folder, tmp_path / "sharded.gguf", plain())
     assert (tmp_path / "single.gguf").read_bytes() == (tmp_path / "sharded.gguf").read_bytes()
 
 
@@ -96,14 +97,21 @@ def test_nothing_is_left_after_a_failure_in_mid_file(
     failing = Failing()
     expected = OutputError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
-        convert(checkpoint("llama_gqa"), tmp_path / "out.gguf", progress=failing)
+        convert(checkpoint("llama_gqa"), tmp_path / "out.gguf", plain(), failing)
     assert failing.parameters > 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """A limit on the file size stands for a disk that fills up: the write fails in the kernel."""
-    command = [sys.executable, "-m", "ziggurat.converter", str(checkpoint("llama_gqa")), str(tmp_path / "out.gguf")]
+    command = [
+        sys.executable,
+        "-m",
+        "ziggurat.converter",
+        str(checkpoint("llama_gqa")),
+        str(tmp_path / "out.gguf"),
+        *PLAIN_FLAGS,
+    ]
     result = subprocess.run(
         command,
         capture_output=True,
@@ -118,13 +126,13 @@ def test_a_full_disk(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 def test_a_file_system_that_reserves_nothing(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert(checkpoint("llama_gqa"), tmp_path / "reserved.gguf")
+    convert(checkpoint("llama_gqa"), tmp_path / "reserved.gguf", plain())
 
     def refuse(fd: int, size: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(write, "_reserve_blocks", refuse)
-    convert(checkpoint("llama_gqa"), tmp_path / "plain.gguf")
+    convert(checkpoint("llama_gqa"), tmp_path / "plain.gguf", plain())
     assert (tmp_path / "reserved.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
 
 
@@ -141,7 +149,7 @@ def test_signals(checkpoint: MakeCheckpoint, tmp_path: Path, number: int) -> Non
         "cli.main()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(checkpoint("llama_gqa")), str(tmp_path / "out.gguf")],
+        [sys.executable, "-c", code, str(checkpoint("llama_gqa")), str(tmp_path / "out.gguf"), *PLAIN_FLAGS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -163,7 +171,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(checkpoint: MakeCh
         path.write_bytes(b"GGUF")
     with running.open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        convert(checkpoint("llama_gqa"), out)
+        convert(checkpoint("llama_gqa"), out, plain())
     assert sorted(tmp_path.iterdir()) == sorted([out, running, foreign])
 
     class Looking(Recorder):
@@ -175,12 +183,12 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(checkpoint: MakeCh
 
     looking = Looking()
     running.unlink()
-    convert(checkpoint("llama_gqa"), out, ConvertSettings(force=True), looking)
+    convert(checkpoint("llama_gqa"), out, plain(force=True), looking)
     assert looking.parameters > 0
 
 
 def test_the_report_on_standard_output(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ziggurat.converter", checkpoint("llama_gqa"), tmp_path / "out.gguf"]
+    command = [sys.executable, "-m", "ziggurat.converter", checkpoint("llama_gqa"), tmp_path / "out.gguf", *PLAIN_FLAGS]
     result = subprocess.run([*command, "--report", "/dev/stdout"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["type"] == "q4_k_m"
@@ -190,7 +198,7 @@ def test_a_link_stays_and_the_file_behind_it_is_written(checkpoint: MakeCheckpoi
     (tmp_path / "disk").mkdir()
     for name in ("out.gguf", "report.json"):
         (tmp_path / name).symlink_to(tmp_path / "disk" / name)
-    convert(checkpoint("llama_gqa"), tmp_path / "out.gguf", ConvertSettings(report=tmp_path / "report.json"))
+    convert(checkpoint("llama_gqa"), tmp_path / "out.gguf", plain(report=tmp_path / "report.json"))
     assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["out.gguf", "report.json"]
     assert all((tmp_path / name).is_symlink() for name in ("out.gguf", "report.json"))
 
@@ -204,7 +212,7 @@ def test_the_final_name_appears_only_at_the_end(checkpoint: MakeCheckpoint, tmp_
             super().advance(parameters, tensor)
 
     watching = Watching()
-    convert(checkpoint("llama_gqa"), out, progress=watching)
+    convert(checkpoint("llama_gqa"), out, plain(), watching)
     assert out.exists() and watching.parameters > 0
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
 
@@ -225,7 +233,7 @@ def test_names_and_relative_paths(
     folder = Path(shutil.copytree(checkpoint("llama_gqa"), tmp_path / "Ein Türm 塔 1B"))
     (folder / "inside").mkdir()
     monkeypatch.chdir(tmp_path / where)
-    report = convert(model, out)
+    report = convert(model, out, plain())
     assert report.name == "Ein Türm 塔 1B"
     assert Path(out).read_bytes()[:4] == b"GGUF"
 
@@ -237,7 +245,7 @@ def test_a_read_only_model_folder(checkpoint: MakeCheckpoint, tmp_path: Path) ->
     for path in before:
         path.chmod(0o555)
     try:
-        convert(folder, tmp_path / "out.gguf")
+        convert(folder, tmp_path / "out.gguf", plain())
         assert {path: path.stat().st_mtime_ns for path in (folder, *folder.iterdir())} == before
     finally:
         for path in before:
@@ -250,17 +258,17 @@ def test_a_model_card_that_cannot_be_read(
 ) -> None:
     folder = Path(shutil.copytree(checkpoint("llama_gqa"), tmp_path / "model"))
     (folder / "README.md").write_bytes(card)
-    report = convert(folder, tmp_path / "out.gguf")
+    report = convert(folder, tmp_path / "out.gguf", plain())
     assert report.name == "model"
     assert any("README.md is left aside" in message for message in caplog.messages)
 
 
 def test_default_threads_follow_the_affinity(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    report = convert(checkpoint("llama_gqa"), tmp_path / "out.gguf")
+    report = convert(checkpoint("llama_gqa"), tmp_path / "out.gguf", plain())
     assert report.threads == len(os.sched_getaffinity(0))
 
 
 def test_time_is_measured(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     start = time.perf_counter()
-    report = pipeline.convert(checkpoint("llama_gqa"), tmp_path / "out.gguf")
+    report = pipeline.convert(checkpoint("llama_gqa"), tmp_path / "out.gguf", plain())
     assert 0 < report.seconds <= time.perf_counter() - start

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from llama_cpp import _gguf
 
 from helpers import families
+from helpers.plain import PLAIN_FLAGS
 from helpers.stock import Gguf
 from ziggurat.converter import depth, prune_report
 from ziggurat.converter.blocks import Blocks
@@ -19,10 +20,11 @@ from ziggurat.converter.calibrate import CalibrateSettings, Silent
 from ziggurat.converter.calibration_text import TextSettings, read_tokens
 from ziggurat.converter.checkpoint import open_checkpoint
 from ziggurat.converter.cli import convert as command
-from ziggurat.converter.errors import CalibrationError, PruneError
+from ziggurat.converter.correction import RepairSettings
+from ziggurat.converter.errors import PruneError
 from ziggurat.converter.pipeline import ConvertSettings, convert, work_folder
 from ziggurat.converter.prune import PruneSettings
-from ziggurat.converter.repair_pass import RepairSettings, cut
+from ziggurat.converter.repair_pass import cut
 from ziggurat.runtime.command_inspect import inspect
 
 TEXT = TextSettings(tokens=1024, sequence=64)
@@ -133,12 +135,16 @@ def test_report_refuses_too_many(model: Path) -> None:
         (["--prune", "9"], "the model has 5"),
         (["--prune", "x"], "neither a number"),
         (["--prune-blocks", "0"], "first"),
+        (["--prune", "99%"], "of 5 the first and the last always stay, so at most 3"),
         (["--prune-blocks", "7"], "no block 7"),
+        (["--prune-blocks", "0-4"], "first"),
         (["--prune", "1", "--prune-blocks", "2"], "exclude each other"),
         (["--prune-by", "angular"], "needs --prune"),
         (["--no-repair"], "nothing is repaired"),
         (["--prune", "1", "--calibration", "EMPTY"], "is empty"),
         (["--prune", "1", "--calibration", "TINY"], "two sequences"),
+        (["--prune", "1", "--calibration", "TINY", "--prune-by", "perplexity"], "two sequences"),
+        (["--prune", "1", "--calibration", "TINY", "--no-repair"], "two sequences"),
         (["--prune", "1", "--calibration", "BINARY"], "no UTF-8 text"),
     ],
 )
@@ -162,10 +168,21 @@ def test_nan_weights_are_refused(model: Path, tmp_path: Path) -> None:
     weights = load_file(damaged / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"][0, 0] = np.nan
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
-    for blocks in ([], ["--prune-blocks", "1"]):
-        words = blocks or ["--prune", "1"]
-        done = run(damaged, tmp_path / "out.gguf", "--threads", 1, *words)
-        assert done.exit_code == 1 and "NaN" in done.output
+    out = tmp_path / "out.gguf"
+    text = ["--calibration-tokens", 512, "--calibration-sequence", 64]
+    for number, kept, words in (
+        ("block 2", True, ["--prune", "1"]),
+        ("block 2", False, ["--prune", "1", "--prune-by", "perplexity"]),
+        ("block 2", True, ["--prune-blocks", "1"]),
+        ("blk.1", False, ["--prune-blocks", "1", "--no-repair", *PLAIN_FLAGS]),
+    ):
+        done = run(damaged, out, "--threads", 1, *text, *words)
+        assert done.exit_code == 1
+        (error,) = [line for line in done.output.splitlines() if line.startswith("convert: error:")]
+        assert number in error and "NaN" in error
+        assert error.endswith(f"{work_folder(out)} keeps what is finished for the same command to go on from") == kept
+        assert work_folder(out).exists() == kept
+        shutil.rmtree(work_folder(out), ignore_errors=True)
 
 
 @pytest.mark.parametrize(
@@ -175,51 +192,23 @@ def test_wrong_calls(model: Path, words: list[str]) -> None:
     assert run(model, *words).exit_code == 2
 
 
-class _Stop:
-    """Interrupts a conversion when a stage has taken some steps."""
-
-    def __init__(self, stage: str, steps: int) -> None:
-        self._wanted, self._left, self._stage = stage, steps, ""
-
-    def planned(self, estimate: object) -> None:
-        self._stage = "write"
-
-    def advance(self, parameters: int, tensor: str) -> None:
-        self._count()
-
-    def stage(self, name: str, total: int) -> None:
-        self._stage = name
-
-    def step(self, count: int, what: str) -> None:
-        self._count()
-
-    def _count(self) -> None:
-        if self._stage == self._wanted:
-            self._left -= 1
-            if self._left < 0:
-                raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("stage", ["calibration", "repair", "write"])
-def test_an_interrupted_conversion_goes_on_to_the_same_file(model: Path, tmp_path: Path, stage: str) -> None:
-    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
-    convert(model, whole, settings(count=2))
-    with pytest.raises(KeyboardInterrupt):
-        convert(model, out, settings(count=2), _Stop(stage, 2))
-    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["whole.gguf"]
-    other = ConvertSettings(
-        type="f32", threads=1, prune=PruneSettings(count=2), calibration=TextSettings(tokens=512, sequence=64)
-    )
-    with pytest.raises(CalibrationError, match="differs in"):
-        convert(model, out, other)
-    convert(model, out, settings(count=2))
-    assert out.read_bytes() == whole.read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
-
-
-def test_greedy_perplexity_interrupted(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        convert(
-            model, tmp_path / "out.gguf", settings(count=1, by="perplexity"), _Stop("perplexity without each block", 3)
-        )
-    assert not (tmp_path / "out.gguf").exists()
+def test_a_norm_behind_the_projection(tmp_path: Path) -> None:
+    """Such blocks can go, but no correction can be folded: said before anything is measured."""
+    folder = families.build("olmo2", tmp_path / "olmo2", layers=4)
+    options = ["--threads", 1, "--calibration-tokens", 256, "--calibration-sequence", 64]
+    for words in ([tmp_path / "out.gguf", "--prune", 1], [tmp_path / "out.gguf", "--prune-blocks", 2]):
+        done = run(folder, *words, *options)
+        assert done.exit_code == 1
+        assert done.output.splitlines() == [
+            "convert: error: removed blocks of Olmo2ForCausalLM cannot be made up for: a norm follows the down "
+            "projection, so no correction can be folded into it; leave the repair out with --no-repair"
+        ]
+    with pytest.raises(PruneError, match="--no-repair"):
+        prune_report.report(folder)
+    for by in ("influence", "perplexity"):
+        out = tmp_path / f"{by}.gguf"
+        assert run(folder, out, "--prune", 1, "--prune-by", by, "--no-repair", *options).exit_code == 0
+        with Gguf(out) as loaded:
+            assert np.isfinite(loaded.logits([5, 6, 7])).all()
+    report = prune_report.report(folder, repair=False, most=1, text=TEXT, settings=CalibrateSettings(threads=1))
+    assert report.rows[0].perplexity_repaired is None and report.rows[0].divergence_pruned > 0

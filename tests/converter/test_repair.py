@@ -14,9 +14,10 @@ from ziggurat.converter.blocks import Blocks
 from ziggurat.converter.calibrate import CalibrateSettings
 from ziggurat.converter.calibration_text import CalibrationTokens
 from ziggurat.converter.checkpoint import Checkpoint, open_checkpoint
+from ziggurat.converter.correction import RepairSettings
 from ziggurat.converter.errors import CalibrationError, PruneError
 from ziggurat.converter.removal_search import removal_losses
-from ziggurat.converter.repair_pass import RepairSettings, cut
+from ziggurat.converter.repair_pass import cut
 
 SETTINGS = CalibrateSettings(batch_tokens=64, threads=1)
 
@@ -163,3 +164,26 @@ def test_post_norm_blocks_refuse(tmp_path: Path) -> None:
 def test_one_sequence_is_too_few(deep: Checkpoint) -> None:
     with pytest.raises(CalibrationError, match="two sequences"):
         cut(Blocks(deep), tokens(1), (2,), SETTINGS, RepairSettings())
+
+
+@pytest.mark.parametrize(("tokens", "noise"), [(30, 0.0), (30, 1.0), (60, 5.0), (400, 1.0), (400, 20.0)])
+def test_the_search_finds_the_ridge_that_trying_all_finds(tokens: int, noise: float) -> None:
+    a = random(40, 6, seed=1)
+    x, other = random(tokens, 40, seed=2), random(100, 40, seed=3)
+    train = sums(x, x @ a + noise * random(tokens, 6, seed=4))
+    held_out = sums(other, other @ a + noise * random(100, 6, seed=5))
+    shares = {ridge: repair.left(held_out, repair.solve(train, ridge)) for ridge in repair.RIDGES}
+    correction = repair.choose(train, held_out)
+    best = min(shares, key=lambda ridge: shares[ridge])
+    assert correction is not None and correction.ridge == best and correction.left == pytest.approx(shares[best])
+
+
+def test_wide_matrices_are_solved_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, other, a = random(300, 50, seed=1), random(100, 50, seed=2), random(50, 6, seed=3)
+    noisy = x @ a + random(300, 6, seed=4)
+    exact = repair.choose(sums(x, noisy), sums(other, other @ a))
+    monkeypatch.setattr(repair, "EXACT_COLUMNS", 10)
+    single = repair.choose(sums(x, noisy), sums(other, other @ a))
+    assert exact is not None and single is not None and single.ridge == exact.ridge
+    assert not torch.equal(single.matrix, exact.matrix)  # it was another way
+    torch.testing.assert_close(single.matrix, exact.matrix, rtol=1e-3, atol=1e-4)

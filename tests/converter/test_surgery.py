@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 from llama_cpp import _gguf
 
 from helpers import families
+from helpers.plain import plain
 from helpers.quantizer import quantize
 from helpers.stock import Gguf
 from ziggurat.converter import surgery
@@ -21,6 +20,8 @@ from ziggurat.converter.pipeline import ConvertSettings, convert
 from ziggurat.converter.prune import PruneSettings
 from ziggurat.converter.recipes import FTYPES
 from ziggurat.converter.upstream import Plan, PlannedTensor
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 REMOVED = (2, 3, 5)
 N_LAYER = 8
@@ -39,24 +40,16 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    callback = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    yield
-    llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))
-
-
 def contents(path: Path) -> dict[str, tuple[int, bytes]]:
     reader = _gguf.GGUFReader(path)
     return {t.name: (int(t.tensor_type), t.data.tobytes()) for t in reader.tensors}
 
 
 def settings(type_name: str, blocks: tuple[int, ...] = REMOVED, imatrix: Path | None = None) -> ConvertSettings:
-    return ConvertSettings(type=type_name, threads=1, imatrix=imatrix, prune=PruneSettings(blocks=blocks, repair=False))
+    return plain(type=type_name, threads=1, imatrix=imatrix, prune=PruneSettings(blocks=blocks, repair=False))
 
 
-@pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "mixtral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "mixtral", "gpt2", "olmo2"])
 @pytest.mark.parametrize("type_name", ["q4_k_m", "q3_k_m", "q4_0"])
 def test_same_tensors_as_llama_cpp(deep: Callable[[str], Path], tmp_path: Path, family: str, type_name: str) -> None:
     whole, theirs, ours = tmp_path / "whole.gguf", tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
@@ -88,7 +81,7 @@ def test_importance_matrix_of_the_whole_model(deep: Callable[[str], Path], tmp_p
     assert contents(ours) == contents(theirs)
 
 
-@pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "phi3", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "phi3", "qwen3_moe", "gpt2", "olmo2"])
 def test_computes_what_transformers_does_without_the_blocks(
     deep: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:

@@ -123,6 +123,12 @@ FAMILIES: dict[str, Family] = {
         dropped=("layer_types", "use_bidirectional_attention", "_sliding_window_pattern"),
         norm_offset=0.0,
     ),
+    "olmo2": Family(
+        transformers.Olmo2ForCausalLM,
+        transformers.Olmo2Config,
+        "llama3",
+        {**_COMMON, "rope_theta": 500000.0, "tie_word_embeddings": False},
+    ),
     "phi3": Family(
         transformers.Phi3ForCausalLM,
         transformers.Phi3Config,

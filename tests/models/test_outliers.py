@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 
 from helpers import families
 from helpers.corpus import PROMPT
+from helpers.plain import plain
 from helpers.stock import Gguf
 from models.outlier_measure import input_stats, load, nmse, q4_0_output_errors, run
 from models.outliers import PLACES, OutlierSettings, add_outliers, draw_scales
-from ziggurat.converter.pipeline import ConvertSettings, convert
+from ziggurat.converter.pipeline import convert
 
 SETTINGS = OutlierSettings(share=0.02, places=PLACES)
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -156,7 +157,7 @@ def test_converted_to_q4_0_the_twin_loses_more(pair: Callable[[str], Pair], tmp_
         got = []
         for kind in ("f32", "q4_0"):
             out = tmp_path / f"{folder.name}-{kind}.gguf"
-            convert(folder, out, ConvertSettings(type=kind))
+            convert(folder, out, plain(type=kind))
             with Gguf(out) as model:
                 got.append(nmse(torch.from_numpy(model.logits(tokens)), wanted))
         assert got[0] < 1e-6

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from helpers import families
-from ziggurat.converter.pipeline import ConvertSettings, convert
+from helpers.plain import plain
+from ziggurat.converter.pipeline import convert
 from ziggurat.runtime import plan
 from ziggurat.runtime.bindings import Context, ContextSettings, Model, measure
 from ziggurat.runtime.errors import ModelFileError, UnsupportedError
@@ -44,7 +45,7 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("style", ["classic", "saved"])
 def test_a_config_is_planned_like_its_conversion(name: str, style: Any, tmp_path: Path) -> None:
     folder = families.build(name, tmp_path / "model", config=style)
-    convert(folder, tmp_path / "m.gguf", ConvertSettings(threads=1))
+    convert(folder, tmp_path / "m.gguf", plain(threads=1))
     converted = plan.outline(read_gguf(tmp_path / "m.gguf"))
     by_tables = checkpoint_outline(folder, "q4_k_m")
     # without the tensors, as it is before a download
@@ -67,7 +68,7 @@ def test_a_config_is_planned_like_its_conversion(name: str, style: Any, tmp_path
 @pytest.mark.parametrize("type_name", FILE_TYPES)
 def test_the_size_of_each_file_type(type_name: str, tmp_path: Path) -> None:
     folder = families.build("llama_gqa", tmp_path / "model")
-    convert(folder, tmp_path / "m.gguf", ConvertSettings(type=type_name, threads=1))
+    convert(folder, tmp_path / "m.gguf", plain(type=type_name, threads=1))
     converted = plan.outline(read_gguf(tmp_path / "m.gguf")).weights.total
     assert checkpoint_outline(folder, type_name).weights.total == pytest.approx(converted, rel=0.02)
     # weights counted by their tables: float types have nothing to estimate
