@@ -6,7 +6,8 @@ size of each channel's activations and w that of the weights which read it, for 
 in AWQ
 
 - a candidate is rounded by the quantizer, to the type and with the importance matrix (divided by s squared) that the
-  file will have;
+  file will have, and what it reads is rounded as llama.cpp's kernels do it;
+- x and w are root mean squares instead of means of absolutes: measured better;
 - the best on a sample of rows and activations are judged once more, by what the attention or the feed-forward part
   gives on activations that had no part in the statistics. Whatever does not lower the error there stays s = 1.
 """

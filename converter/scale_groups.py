@@ -52,6 +52,7 @@ GROUPS: dict[str, tuple[Group, ...]] = {
     "Gemma3ForCausalLM": _DENSE[1:],  # scaling what q, k and v read has measured worse there
     "MixtralForCausalLM": _EXPERTS,
     "Qwen3MoeForCausalLM": _EXPERTS,
+    "Olmo2ForCausalLM": (_VALUES, _UP),  # its norms stand behind attention and feed-forward part
     "GPT2LMHeadModel": _FUSED,  # a nonlinearity stands between up and down
 }
 
