@@ -144,11 +144,11 @@ def test_what_is_noted(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     assert written["calibration"] == {
         "source": "built-in", "tokens": tokens.ids.size, "sequence": 64, "sha256": tokens.sha256,
     }  # fmt: skip
-    assert written["importance"]["tensors"] == 15 and written["importance"]["exported"] == "matrix.gguf"
+    assert written["importance"]["tensors"] == 16 and written["importance"]["exported"] == "matrix.gguf"
     assert f"{tokens.ids.size} tokens of built-in" in done.output and tokens.sha256[:12] in done.output
     fields = {key: field.contents() for key, field in _gguf.GGUFReader(out).fields.items()}
     assert fields["quantize.imatrix.dataset"] == "built-in" and fields["quantize.imatrix.file"] == "matrix.gguf"
-    assert fields["quantize.imatrix.entries_count"] == 15
+    assert fields["quantize.imatrix.entries_count"] == 16
     assert fields["quantize.imatrix.chunks_count"] == len(tokens.ids)
     shown = CliRunner().invoke(inspect, [str(out)], standalone_mode=False).output
     assert "calibrated on" in shown and f"{tokens.ids.size} tokens of built-in" in shown
