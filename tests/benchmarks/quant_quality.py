@@ -2,7 +2,8 @@
 
 For the reference model and its outlier twin (tests/models/outliers.py), at each type: llama-imatrix and llama-quantize,
 and `convert` plain, with the importance matrix, with AWQ's scales, with both, with errors compensated too (its
-default), and with types mixed under the size of llama.cpp's file; also llama-quantize with the matrix that `convert` exports, which has more than llama-imatrix's.
+default), and with types mixed under the size of llama.cpp's file; also llama-quantize with the matrix that `convert`
+exports, which has more than llama-imatrix's.
 All are calibrated on the same token sequences; that both programs cut them out of their text files is verified.
 
 Compared with the model in F32 by `ziggurat eval`: perplexity, mean KL divergence, share of tokens whose likeliest
