@@ -34,7 +34,7 @@ class CompensateSettings:
 
     shrinkages: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
     """Ascending: tried until the next is no better."""
-    passes: int = 3
+    passes: int = 2
     """Of coordinate descent."""
     trial_rows: int = 64
     """Rows of a tensor that shrinkages are tried on."""
