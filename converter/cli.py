@@ -130,7 +130,8 @@ def convert(  # noqa: PLR0913 - one parameter per option
             return
         settings = ConvertSettings(
             type=(type_name or DEFAULT_TYPE).lower(), size=target(bpw, size), imatrix=imatrix,
-            gather_imatrix=not no_imatrix, export_imatrix=export_imatrix, awq=not no_awq, pre=pre, name=name, threads=threads, report=report, force=force,
+            gather_imatrix=not no_imatrix, export_imatrix=export_imatrix, awq=not no_awq, pre=pre,
+            name=name, threads=threads, report=report, force=force,
             ignore_code=ignore_code, prune=prune_settings(prune, prune_blocks, prune_by, repair=not no_repair),
             calibration=text, device=device,
         )  # fmt: skip
