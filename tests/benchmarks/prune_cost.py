@@ -40,7 +40,8 @@ class Clock:
     def planned(self, estimate): self.stage("write", 0)
     def advance(self, parameters, tensor): ...
 
-settings = ConvertSettings(prune=PruneSettings(count=count), threads=threads, calibration=TextSettings(tokens=tokens))
+settings = ConvertSettings(prune=PruneSettings(count=count), threads=threads, calibration=TextSettings(tokens=tokens),
+                           awq=False, gather_imatrix=False)
 report = convert(folder, out, settings, Clock())
 ends = [start for _, _, start in stages[1:]] + [time.perf_counter() - began]
 print(json.dumps({
