@@ -6,6 +6,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How fast an example comes says something of the machine's load, nothing of the code.
+settings.register_profile("ziggurat", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ziggurat")
 
 
 @pytest.fixture(scope="session", autouse=True)
