@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from ziggurat.converter import fold, ggml, scale
 from ziggurat.converter.activations import Collector
 from ziggurat.converter.compensate import CompensateSettings, Matrix, compensate_all, supported
-from ziggurat.converter.errors import CalibrationError, QuantizeError
+from ziggurat.converter.errors import QuantizeError
 from ziggurat.converter.samples import Sampler
 from ziggurat.converter.scale_groups import Group
 from ziggurat.converter.upstream import Plan, PlannedTensor
@@ -96,11 +95,9 @@ class Compensation:
     @property
     def identity(self) -> Mapping[str, Any]:
         """All that decides the tensors beside the block."""
-        given = hashlib.sha256(json.dumps(sorted(self.types.items())).encode())
-        for key, values in sorted((self.importance or {}).items()):
-            given.update(key.encode() + np.ascontiguousarray(values).tobytes())
+        given = scale.given_hash(self.types, self.importance)
         settings = {key: str(value) for key, value in dataclasses.asdict(self.settings).items()}
-        return {**settings, "weighted": self.weighted, "types": given.hexdigest()}
+        return {**settings, "weighted": self.weighted, "types": given}
 
     @functools.cached_property
     def _planned(self) -> dict[str, PlannedTensor]:
@@ -119,7 +116,8 @@ class Compensation:
             names = [captured.tensors[layer] for layer in layers if self._compensable(captured.tensors[layer])]
             if names:
                 gram, held_out = captured.grams[layers[0]], inputs[layers[0]]
-                _check(layers[0], gram, held_out)
+                if not (bool(gram.isfinite().all()) and bool(held_out.isfinite().all())):
+                    raise scale.not_finite(layers[0])
                 found.update(self._compensated(captured, layers[0], names, gram, held_out))
         return found
 
@@ -208,14 +206,6 @@ def _held_out_inputs(captured: Captured) -> dict[str, torch.Tensor]:
         captured.block(captured.held_out)
     rows = sampler.take().rows
     return {layer: rows[leader] for layer, leader in collector.leaders.items() if leader in rows}
-
-
-def _check(layer: str, gram: torch.Tensor, inputs: torch.Tensor) -> None:
-    if not (bool(gram.isfinite().all()) and bool(inputs.isfinite().all())):
-        raise CalibrationError(
-            f"what {layer} reads on the calibration text has NaN or infinite values: the checkpoint is damaged, or "
-            "computed in too narrow a type; download it again"
-        )
 
 
 def _read(tensor: PlannedTensor) -> torch.Tensor:

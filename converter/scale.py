@@ -91,10 +91,8 @@ class ScaleSearch:
     @property
     def identity(self) -> Mapping[str, Any]:
         """All that decides the scales beside the block."""
-        given = hashlib.sha256(json.dumps(sorted(self.types.items())).encode())
-        for key, values in sorted((self.importance or {}).items()):
-            given.update(key.encode() + np.ascontiguousarray(values).tobytes())
-        return {**dataclasses.asdict(self.settings), "weighted": self.weighted, "types": given.hexdigest()}
+        given = given_hash(self.types, self.importance)
+        return {**dataclasses.asdict(self.settings), "weighted": self.weighted, "types": given}
 
     def __call__(self, captured: Captured) -> dict[str, npt.NDArray[Any]]:
         """Scales of the groups that gain by them, and for every group its losses with s = 1 and as chosen.
@@ -132,6 +130,22 @@ class ScaleSearch:
         return readers
 
 
+def given_hash(types: Mapping[str, int], importance: Mapping[str, Float32] | None) -> str:
+    """Hash of the types of a file's tensors, and of an importance matrix that is given."""
+    digest = hashlib.sha256(json.dumps(sorted(types.items())).encode())
+    for key, values in sorted((importance or {}).items()):
+        digest.update(key.encode() + np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def not_finite(layer: str) -> CalibrationError:
+    """What to raise where a layer's inputs are no numbers."""
+    return CalibrationError(
+        f"what {layer} reads on the calibration text has NaN or infinite values: the checkpoint is damaged, or "
+        "computed in too narrow a type; download it again"
+    )
+
+
 def scales(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Float32]:
     """The scales, by group, among what `ScaleSearch` found for a block: what `fold.Scales` has for it."""
     return {key: np.asarray(value, np.float32) for key, value in arrays.items() if not key.endswith(LOSSES)}
@@ -158,10 +172,7 @@ def _reader(
 ) -> _Reader:  # fmt: skip
     statistics, rows = captured.channels[layer], captured.samples[layer]
     if not (np.isfinite(statistics.squares).all() and bool(rows.isfinite().all())):
-        raise CalibrationError(
-            f"what {layer} reads on the calibration text has NaN or infinite values: the checkpoint is damaged, or "
-            "computed in too narrow a type; download it again"
-        )
+        raise not_finite(layer)
     experts = captured.sample_experts.get(layer)
     inputs = [rows] if experts is None else [rows[experts == i] for i in range(len(views))]
     weights = None if importance is None else np.asarray(importance, np.float32).reshape(-1, rows.shape[1])
