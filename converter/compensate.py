@@ -10,6 +10,7 @@ mean size as GPTQ does, keeps the outcome the same when channels are scaled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ziggurat.converter import ggml
+from ziggurat.converter.calibrate import torch_threads
 from ziggurat.converter.descent import descend
 from ziggurat.converter.feedback import feed_back, unit_factor
 from ziggurat.converter.grids import GRIDS
@@ -40,8 +42,10 @@ class CompensateSettings:
     """Rows of a tensor that shrinkages are tried on."""
     columns: int = 16384
     """Tensors with more are quantized plainly: their Gram matrix would not fit."""
-    values: int = 1 << 24
-    """Weights worked on at a time, in whole rows."""
+    values: int = 1 << 22
+    """Weights that a thread works on at a time, in whole rows."""
+    threads: int = 1
+    """Changes the last digits only."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,24 @@ class Metric:
     factor: torch.Tensor
     """Its `feedback.unit_factor`."""
 
-    @staticmethod
-    def of(gram: torch.Tensor, shrinkage: float) -> Metric:
-        """The metric of inputs x whose sum of x x^T is `gram`, shape [c, c], finite."""
+
+class Gram:
+    """The Gram matrix of a layer's inputs, and what becomes of it as it is shrunk; in place, since it can be large."""
+
+    def __init__(self, gram: torch.Tensor, threads: int = 1) -> None:
+        """Take the sum of x x^T over inputs x, float32 of shape [c, c], finite; its diagonal changes from now on."""
+        self._gram, self._diagonal, self._threads = gram, gram.diagonal().clone(), threads
+
+    def metric(self, shrinkage: float) -> Metric:
+        """With so much of its diagonal added; one given before changes with it."""
         import torch
 
-        diagonal = gram.diagonal()
+        diagonal = self._diagonal
         # columns that are always zero: any error is fine, and ordinary rounding the obvious choice
         silent = torch.where(diagonal > 0, 0.0, diagonal.mean().clamp(min=1.0))
-        shrunk = gram + torch.diag(diagonal * shrinkage + silent)
-        return Metric(shrunk, unit_factor(shrunk))
+        self._gram.diagonal().copy_(diagonal * (1 + shrinkage) + silent)
+        with torch_threads(self._threads):
+            return Metric(self._gram, unit_factor(self._gram))
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,11 @@ class Matrix:
     def part(self, step: slice) -> Matrix:
         """Some of its rows."""
         return Matrix(self.rows[step], self.type_id, self.importance)
+
+    def parts(self, settings: CompensateSettings) -> list[Matrix]:
+        """All of its rows, a thread's share in each."""
+        step = max(1, settings.values // self.rows.shape[1])
+        return [self.part(slice(begin, begin + step)) for begin in range(0, len(self.rows), step)]
 
 
 @dataclass(frozen=True)
@@ -101,67 +118,79 @@ def supported(type_id: int, columns: int, settings: CompensateSettings) -> bool:
 
 
 def compensate_all(
-    matrices: Sequence[Matrix], gram: torch.Tensor, held_out: torch.Tensor, settings: CompensateSettings
+    matrices: Sequence[Matrix], gram: torch.Tensor, held_out: torch.Tensor, settings: CompensateSettings, pool: Executor
 ) -> list[Compensated]:
     """Quantize the matrices that read one input.
 
     Args:
         matrices: all with as many columns.
-        gram: sum of x x^T over their inputs x, float32 of shape [c, c].
+        gram: sum of x x^T over their inputs x, float32 of shape [c, c]; its diagonal is not what it was afterwards.
         held_out: other inputs, shape [tokens, c].
         settings: how.
+        pool: who does it; its threads compute on one core each.
 
     Raises:
         QuantizeError: ggml finds non-finite scales.
     """
-    metric, shrinkage = choose_metric(matrices, gram, held_out, settings)
+    metric, shrinkage = choose_metric(matrices, Gram(gram, settings.threads), held_out, settings, pool)
     results = []
     for matrix in matrices:
-        plain, packed = quantize_plainly(matrix), compensate(matrix, metric, settings)
-        size = float((held_out @ matrix.rows.T).square().sum()) or 1.0
-        plain_loss = squared_error(matrix, plain, held_out) / size
-        loss = squared_error(matrix, packed, held_out) / size
+        size = _size(matrix, held_out)
+
+        def both(part: Matrix) -> tuple[UInt8, float, UInt8, float]:
+            plain, packed = quantize_plainly(part), _compensated(part, metric, settings)
+            return plain, squared_error(part, plain, held_out), packed, squared_error(part, packed, held_out)
+
+        plain, plain_error, packed, error = zip(*pool.map(both, matrix.parts(settings)), strict=True)
+        plain_loss, loss = sum(plain_error) / size, sum(error) / size
         if loss < plain_loss:
-            results.append(Compensated(packed, plain_loss, loss, shrinkage))
+            results.append(Compensated(np.concatenate(packed), plain_loss, loss, shrinkage))
         else:
-            results.append(Compensated(plain, plain_loss, plain_loss, float("nan")))
+            results.append(Compensated(np.concatenate(plain), plain_loss, plain_loss, float("nan")))
     return results
 
 
-def compensate(matrix: Matrix, metric: Metric, settings: CompensateSettings) -> UInt8:
+def compensate(matrix: Matrix, metric: Metric, settings: CompensateSettings, pool: Executor) -> UInt8:
     """Quantize a matrix so that its products with the metric's inputs change little: shape [n, row bytes].
 
-    Memory is about six times that of `settings.values` in float32. Rows do not depend on each other.
+    Memory is about six times that of `settings.values` in float32, for each thread. Rows do not depend on each other.
 
     Raises:
         QuantizeError: ggml finds non-finite scales.
     """
-    step = max(1, settings.values // matrix.rows.shape[1])
-    parts = []
-    for begin in range(0, len(matrix.rows), step):
-        part = matrix.part(slice(begin, begin + step))
-        packed = feed_back(part.rows, metric.factor, matrix.type_id, matrix.importance)
-        parts.append(descend(packed, part.rows, metric.gram, matrix.type_id, settings.passes))
-    return np.concatenate(parts)
+    return np.concatenate(list(pool.map(lambda part: _compensated(part, metric, settings), matrix.parts(settings))))
+
+
+def _compensated(part: Matrix, metric: Metric, settings: CompensateSettings) -> UInt8:
+    packed = feed_back(part.rows, metric.factor, part.type_id, part.importance)
+    return descend(packed, part.rows, metric.gram, part.type_id, settings.passes)
 
 
 def choose_metric(
-    matrices: Sequence[Matrix], gram: torch.Tensor, held_out: torch.Tensor, settings: CompensateSettings
+    matrices: Sequence[Matrix], gram: Gram, held_out: torch.Tensor, settings: CompensateSettings, pool: Executor
 ) -> tuple[Metric, float]:
     """The metric, and its shrinkage, with which evenly spread rows of the matrices err least on held-out inputs."""
     trials = [m.part(slice(0, None, -(-len(m.rows) // settings.trial_rows))) for m in matrices]
-    sizes = [float((held_out @ trial.rows.T).square().sum()) or 1.0 for trial in trials]
-    best: tuple[float, Metric, float] | None = None
+    sizes = [_size(trial, held_out) for trial in trials]
+    best: tuple[float, float] | None = None
     for shrinkage in settings.shrinkages:
-        metric = Metric.of(gram, shrinkage)
-        packed = [compensate(trial, metric, settings) for trial in trials]
+        metric = gram.metric(shrinkage)
+        packed = list(pool.map(lambda trial, metric=metric: _compensated(trial, metric, settings), trials))
         errors = [squared_error(*pair, held_out) for pair in zip(trials, packed, strict=True)]
         loss = sum(error / size for error, size in zip(errors, sizes, strict=True))
         if best is not None and loss >= best[0]:
-            break
-        best = loss, metric, shrinkage
-    assert best is not None
-    return best[1:]
+            del metric  # room for the one before it, made again
+            return gram.metric(best[1]), best[1]
+        best = loss, shrinkage
+    return metric, shrinkage
+
+
+def _size(matrix: Matrix, inputs: torch.Tensor) -> float:
+    """Sum of squares of its products with inputs [tokens, c]; 1 if there is nothing."""
+    step, total = max(1, (1 << 22) // matrix.rows.shape[1]), 0.0
+    for begin in range(0, len(matrix.rows), step):
+        total += float((inputs @ matrix.rows[begin : begin + step].T).square().sum())
+    return total or 1.0
 
 
 def quantize_plainly(matrix: Matrix) -> UInt8:

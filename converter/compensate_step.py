@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from ziggurat.converter import fold, ggml, scale
 from ziggurat.converter.activations import Collector
+from ziggurat.converter.calibrate import torch_threads
 from ziggurat.converter.compensate import CompensateSettings, Matrix, compensate_all, supported
 from ziggurat.converter.errors import QuantizeError
 from ziggurat.converter.samples import Sampler
@@ -112,13 +114,15 @@ class Compensation:
         """
         found: dict[str, npt.NDArray[Any]] = {}
         inputs = _held_out_inputs(captured)
-        for layers in _by_input(captured):
-            names = [captured.tensors[layer] for layer in layers if self._compensable(captured.tensors[layer])]
-            if names:
-                gram, held_out = captured.grams[layers[0]], inputs[layers[0]]
-                if not (bool(gram.isfinite().all()) and bool(held_out.isfinite().all())):
-                    raise scale.not_finite(layers[0])
-                found.update(self._compensated(captured, layers[0], names, gram, held_out))
+        # threads of torch's own would wait for each other at every column
+        with torch_threads(1), ThreadPoolExecutor(self.settings.threads, thread_name_prefix="compensate") as pool:
+            for layers in _by_input(captured):
+                names = [captured.tensors[layer] for layer in layers if self._compensable(captured.tensors[layer])]
+                if names:
+                    gram, held_out = captured.grams[layers[0]], inputs[layers[0]]
+                    if not (bool(gram.diagonal().isfinite().all()) and bool(held_out.isfinite().all())):
+                        raise scale.not_finite(layers[0])
+                    found.update(self._compensated(captured, layers[0], names, gram, held_out, pool))
         return found
 
     def _compensable(self, name: str) -> bool:
@@ -126,8 +130,9 @@ class Compensation:
         return len(tensor.shape) == 2 and supported(self.types[name], tensor.shape[-1], self.settings)
 
     def _compensated(
-        self, captured: Captured, layer: str, names: list[str], gram: torch.Tensor, held_out: torch.Tensor
-    ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        self, captured: Captured, layer: str, names: list[str], gram: torch.Tensor, held_out: torch.Tensor,
+        pool: Executor,
+    ) -> Iterator[tuple[str, npt.NDArray[Any]]]:  # fmt: skip
         """Quantize the tensors that read one input, with their scales folded in."""
         import torch
 
@@ -138,7 +143,8 @@ class Compensation:
         gathered = captured.all_channels[layer].mean_squares
         if columns:  # the inputs are divided by them
             s = torch.from_numpy(columns[names[0]]).to(gram.device)
-            gram, held_out = gram / s / s[:, None], held_out / s
+            gram.div_(s).div_(s[:, None])
+            held_out = held_out / s
         matrices = []
         for tensor in fold.fold(part, self.groups, scales).tensors:
             importance = None
@@ -150,7 +156,7 @@ class Compensation:
             ggml.prepare(self.types[tensor.name])
             matrices.append(Matrix(_read(tensor).to(gram.device), self.types[tensor.name], importance))
         try:
-            results = compensate_all(matrices, gram, held_out, self.settings)
+            results = compensate_all(matrices, gram, held_out, self.settings, pool)
         except QuantizeError as e:
             raise QuantizeError(f"tensor {', '.join(names)}: {e}") from None
         for name, result in zip(names, results, strict=True):

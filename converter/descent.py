@@ -58,7 +58,7 @@ class _State:
     """float32 of shape [all groups, n], like mins."""
     mins: torch.Tensor
     codes: torch.Tensor
-    """uint8 of shape [c, n]."""
+    """Integers in float32, shape [c, n]."""
     errors: torch.Tensor
     """What the parts stand for, less what they should be: float32 of shape [c, n]."""
     book: Codebook
@@ -76,7 +76,7 @@ class _State:
             dmin=turned(blocks.dmin, np.float32),
             scales=turned(blocks.scales, np.float32),
             mins=turned(blocks.mins, np.float32),
-            codes=turned(blocks.codes, np.uint8),
+            codes=turned(blocks.codes, np.float32),
             errors=turned(dequantize(grid, blocks), np.float32) - rows.T,
             book=Codebook(grid, rows.device),
         )
@@ -114,40 +114,41 @@ class _BlockDescent:
         lowest, largest = self._grid.scale_range
         for group in range(self._grid.groups):
             here = slice(group * self._grid.group, (group + 1) * self._grid.group)
+            before = self._errors[here].clone()
             if lowest != largest:
-                self._fit_integer(self._scales[group], self._levels(here) * self._d, here)
+                self._fit_integer(self._scales[group], self._book.level(self._codes[here]) * self._d, here)
                 if self._grid.dmin is not None:
                     self._fit_integer(self._mins[group], (-self._dmin).expand(self._grid.group, -1), here)
             self._recode(group, here)
-
-    def _levels(self, here: slice) -> torch.Tensor:
-        return self._book.levels[self._codes[here].long()]
+            # the groups before this one are done with
+            self._gradient[here.stop :].addmm_(self._metric[here.stop :, here], self._errors[here] - before)
 
     def _fit_halves(self) -> None:
         """Move d and dmin to where the cost is least."""
         import torch
 
-        everything, repeats = slice(None), self._grid.group
-        u = self._levels(everything) * self._scales.repeat_interleave(repeats, 0)
+        n = self._errors.shape[1]
+        levels = self._book.level(self._codes).view(self._grid.groups, self._grid.group, n)
+        u = (levels * self._scales[:, None]).view(-1, n)
         hu = self._metric @ u
-        uu, ug = (u * hu).sum(0), (u * self._gradient).sum(0)
+        uu, ug = _dot(u, hu), _dot(u, self._gradient)
         alone = torch.where(uu > 0, -ug / uu, 0.0)
         if self._grid.dmin is None:
             step, change = self._admissible(self._d, alone)
             better = change & (step * (step * uu + 2 * ug) < 0)
-            self._move(everything, u, hu, self._d, torch.where(better, step, 0.0))
+            self._move(self._gradient, self._errors, u, hu, self._d, torch.where(better, step, 0.0))
             return
-        v = -self._mins.repeat_interleave(repeats, 0)
+        v = (-self._mins).repeat_interleave(self._grid.group, 0)
         hv = self._metric @ v
-        vv, uv, vg = (v * hv).sum(0), (u * hv).sum(0), (v * self._gradient).sum(0)
+        vv, uv, vg = _dot(v, hv), _dot(u, hv), _dot(v, self._gradient)
         area = uu * vv - uv * uv
         two = area > PARALLEL * uu * vv
         step, fine = self._admissible(self._d, torch.where(two, (uv * vg - vv * ug) / area, alone))
         other, fine_too = self._admissible(self._dmin, torch.where(two, (uv * ug - uu * vg) / area, 0.0))
         cost = step * (step * uu + 2 * ug) + other * (other * vv + 2 * vg) + 2 * step * other * uv
         better = fine & fine_too & (cost < 0)
-        self._move(everything, u, hu, self._d, torch.where(better, step, 0.0))
-        self._move(everything, v, hv, self._dmin, torch.where(better, other, 0.0))
+        self._move(self._gradient, self._errors, u, hu, self._d, torch.where(better, step, 0.0))
+        self._move(self._gradient, self._errors, v, hv, self._dmin, torch.where(better, other, 0.0))
 
     @staticmethod
     def _admissible(value: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,31 +161,38 @@ class _BlockDescent:
         """Move a group's scale or min, by which its values change along `u`, to the best integer."""
         import torch
 
-        hu = self._metric[:, here] @ u
-        uu, ug = (u * hu[here]).sum(0), (u * self._gradient[here]).sum(0)
-        step = torch.where(uu > 0, (integer - ug / uu).round().clamp(*self._grid.scale_range) - integer, 0.0)
+        gradient = self._gradient[here]
+        hu = self._metric[here, here] @ u
+        uu, ug = _dot(u, hu), _dot(u, gradient)
+        step = torch.where(uu > 0, (integer - ug / uu).round_().clamp_(*self._grid.scale_range) - integer, 0.0)
         better = step * (step * uu + 2 * ug) < 0
-        self._move(here, u, hu, integer, torch.where(better, step, 0.0))
+        self._move(gradient, self._errors[here], u, hu, integer, torch.where(better, step, 0.0))
 
+    @staticmethod
     def _move(
-        self, here: slice, direction: torch.Tensor, h_direction: torch.Tensor, value: torch.Tensor, step: torch.Tensor
-    ) -> None:
+        gradient: torch.Tensor, errors: torch.Tensor, u: torch.Tensor, hu: torch.Tensor, value: torch.Tensor,
+        step: torch.Tensor,
+    ) -> None:  # fmt: skip
         value += step
-        self._errors[here] += direction * step
-        self._gradient += h_direction * step
+        errors.addcmul_(u, step)
+        gradient.addcmul_(hu, step)
 
     def _recode(self, group: int, here: slice) -> None:
         """Choose the codes of a group again, one column after the other."""
         import torch
 
         scale, minimum = self._scales[group] * self._d, self._mins[group] * self._dmin
-        inner, gradient = self._metric[here, here], self._gradient[here]
-        values = self._levels(here) * scale - minimum
-        changes = torch.zeros_like(values)
-        for j in range(len(values)):
-            slope = gradient[j] + inner[:j, j] @ changes[:j]
-            codes, rounded = self._book.nearest(values[j] - slope / inner[j, j], scale, minimum)
-            changes[j] = rounded - values[j]
-            self._codes[here][j] = codes
+        nearest, inner, codes = self._book.rounding(scale, minimum), self._metric[here, here], self._codes[here]
+        gradient = self._gradient[here]
+        values = torch.addcmul(-minimum, self._book.level(codes), scale)
+        changes = torch.empty_like(values)
+        for j, curvature in enumerate(inner.diagonal().tolist()):
+            slope = torch.addmv(gradient[j], changes[:j].T, inner[j, :j]) if j else gradient[j]
+            rounded = nearest(torch.sub(values[j], slope, alpha=1 / curvature), codes[j])
+            torch.sub(rounded, values[j], out=changes[j])
         self._errors[here] += changes
-        self._gradient += self._metric[:, here] @ changes
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Sums of products over the columns: shape [n]."""
+    return (a * b).sum(0)

@@ -9,6 +9,7 @@ and a block's scales are ggml's own for what the block should be once those befo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,22 +32,47 @@ class Codebook:
         import torch
 
         self.levels = torch.tensor(grid.levels, dtype=torch.float32, device=device)
-        self._between = (self.levels[1:] + self.levels[:-1]) / 2
-        self._line = bool((self.levels[1:] - self.levels[:-1] == 1).all())
-        self._lowest = grid.lowest
+        self.between = (self.levels[1:] + self.levels[:-1]) / 2
+        self.line = bool((self.levels[1:] - self.levels[:-1] == 1).all())
+        self.zero = float(grid.levels[0])
+        self.lowest, self.highest = float(grid.lowest), float(len(grid.levels) - 1)
 
-    def nearest(
-        self, wanted: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codes (int64) whose values scale * level - minimum are nearest, and these; all of one shape."""
+    def level(self, codes: torch.Tensor) -> torch.Tensor:
+        """What codes, integers in float32, stand for."""
+        return codes + self.zero if self.line else self.levels[codes.long()]
+
+    def rounding(self, scale: torch.Tensor, minimum: torch.Tensor) -> Rounding:
+        """To values scale * level - minimum; both of shape [n]."""
+        return Rounding(self, scale, minimum)
+
+
+class Rounding:
+    """Rounds columns of a group, which have one scale and one minimum per row."""
+
+    def __init__(self, book: Codebook, scale: torch.Tensor, minimum: torch.Tensor) -> None:
         import torch
 
-        level = (wanted + minimum) / torch.where(scale == 0, torch.inf, scale)
-        if self._line:
-            codes = (level - self.levels[0]).round().clamp(self._lowest, len(self.levels) - 1).long()
+        self._book, self._scale = book, scale
+        none = scale == 0
+        self._inverse = torch.where(none, 0.0, 1 / scale)
+        if book.line:  # a value is offset + scale * code
+            self._offset = book.zero * scale - minimum
+            self._shift = torch.where(none, -book.zero, -self._offset * self._inverse)
         else:
-            codes = torch.bucketize(level, self._between)
-        return codes, self.levels[codes] * scale - minimum
+            self._offset, self._shift = -minimum, minimum * self._inverse
+
+    def __call__(self, wanted: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """The nearest values to `wanted`, and their codes to `codes`: float32 of shape [n] all."""
+        import torch
+
+        book = self._book
+        torch.addcmul(self._shift, wanted, self._inverse, out=codes)
+        if book.line:
+            codes.round_().clamp_(book.lowest, book.highest)
+            return torch.addcmul(self._offset, codes, self._scale)
+        places = torch.bucketize(codes, book.between)
+        codes.copy_(places)
+        return torch.addcmul(self._offset, book.levels[places], self._scale)
 
 
 def unit_factor(metric: torch.Tensor) -> torch.Tensor:
@@ -58,7 +84,8 @@ def unit_factor(metric: torch.Tensor) -> torch.Tensor:
     import torch
 
     # Cholesky factors are lower triangular: that of H read backwards is, read backwards, the upper one
-    backwards = torch.linalg.cholesky(metric.flip(0, 1))
+    backwards = metric.flip(0, 1)
+    torch.linalg.cholesky(backwards, out=backwards)
     factor: torch.Tensor = backwards.flip(0, 1)
     return factor.div_(factor.diagonal().clone())
 
@@ -99,37 +126,35 @@ def feed_back(
         )
         blocks = unpack(grid, packed)
         scale, minimum = (torch.from_numpy(x[:, 0].T.copy()).to(rows.device) for x in (blocks.scale, blocks.minimum))
-        codes, rounded = _sweep(target, inner, book, scale, minimum, grid.group)
+        codes, rounded = _sweep(target, inner, [book.rounding(*pair) for pair in zip(scale, minimum, strict=True)])
         blocks.codes[:, 0] = codes.T.cpu().numpy()
-        errors[here] = rounded - wanted[here]
+        torch.sub(rounded, wanted[here], out=errors[here])
         parts.append(pack(grid, blocks))
     return np.concatenate(parts, 1)
 
 
 def _sweep(
-    target: torch.Tensor, factor: torch.Tensor, book: Codebook, scale: torch.Tensor, minimum: torch.Tensor, group: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    target: torch.Tensor, factor: torch.Tensor, groups: Sequence[Rounding]
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Round a block's columns one after the other.
 
     Args:
         target: shape [block, n].
         factor: the block's own part of it, [block, block].
-        book: the levels.
-        scale: of the groups, [groups, n].
-        minimum: likewise.
-        group: columns of a group.
+        groups: how the columns of each are rounded.
 
     Returns:
-        Codes and values, [block, n] each.
+        Codes (uint8) and values, [block, n] each.
     """
     import torch
 
-    codes, rounded = torch.empty(target.shape, dtype=torch.uint8, device=target.device), torch.empty_like(target)
-    errors = torch.zeros_like(target)
+    codes, rounded, errors = torch.empty_like(target), torch.empty_like(target), torch.empty_like(target)
+    columns, size = factor.T.contiguous(), len(target) // len(groups)
     for begin in range(0, len(target), LAZY):
-        base = target[begin : begin + LAZY] - factor[:begin, begin : begin + LAZY].T @ errors[:begin]
+        base = target[begin : begin + LAZY] - columns[begin : begin + LAZY, :begin] @ errors[:begin]
         for j, column in enumerate(base, begin):
-            column = column - factor[begin:j, j] @ errors[begin:j]
-            codes[j], rounded[j] = book.nearest(column, scale[j // group], minimum[j // group])
-            errors[j] = rounded[j] - target[j]
-    return codes, rounded
+            if j > begin:
+                column = torch.addmv(column, errors[begin:j].T, columns[j, begin:j], alpha=-1)
+            rounded[j] = groups[j // size](column, codes[j])
+            torch.sub(rounded[j], target[j], out=errors[j])
+    return codes.to(torch.uint8), rounded

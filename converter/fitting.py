@@ -16,6 +16,7 @@ import psutil
 
 from ziggurat.converter import compensate_step, embedding, families, fold, linears, scale, scale_groups, weights
 from ziggurat.converter.checkpoint import Checkpoint
+from ziggurat.converter.compensate import CompensateSettings
 from ziggurat.converter.compensate_step import Arrays, Compensation, Given
 from ziggurat.converter.depth import Measuring
 from ziggurat.converter.imatrix import Float32, write_imatrix
@@ -147,11 +148,11 @@ def fit(
     steps: list[BlockStep] = []
     target = {tensor.name: type_id for tensor, type_id in zip(plan.tensors, types, strict=True)}
     weighted = settings.importance or importance is not None
+    threads = how.threads or len(os.sched_getaffinity(0))
     if groups:
-        threads = how.threads or len(os.sched_getaffinity(0))
         steps.append(ScaleSearch(groups, target, plan.model_shape(), weighted, importance, threads=threads))
     if settings.compensates:
-        steps.append(Compensation(plan, target, groups, weighted, importance))
+        steps.append(Compensation(plan, target, groups, weighted, importance, CompensateSettings(threads=threads)))
     finished = tune(model, tokens, steps, how, measuring.progress)
     calibration = CalibrationRecord(tokens.source, tokens.ids.size, tokens.ids.shape[1], tokens.sha256)
     metadata, record = {**plan.metadata, **calibration.metadata()}, None
@@ -200,7 +201,9 @@ def compensate(
     groups, model = scale_groups.find(measuring.checkpoint), _model(plan, measuring, removed, folds)
     target = {tensor.name: type_id for tensor, type_id in zip(plan.tensors, types, strict=True)}
     weighted = settings.importance or importance is not None
-    steps: list[BlockStep] = [Given(scale.NAME, fitted.found), Compensation(plan, target, groups, weighted, importance)]
+    threads = measuring.settings.threads or len(os.sched_getaffinity(0))
+    compensation = Compensation(plan, target, groups, weighted, importance, CompensateSettings(threads=threads))
+    steps: list[BlockStep] = [Given(scale.NAME, fitted.found), compensation]
     finished = tune(model, measuring.tokens, steps, measuring.settings, measuring.progress, stage="compensation")
     return _compensated(fitted, target, finished)
 

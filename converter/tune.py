@@ -25,6 +25,7 @@ from ziggurat.converter.calibrate import (
     CalibrateSettings,
     CalibrationProgress,
     Silent,
+    rounded_products,
     torch_threads,
 )
 from ziggurat.converter.calibration_text import CalibrationTokens
@@ -70,7 +71,7 @@ class Captured:
     grams: Mapping[str, torch.Tensor]
     """Layer to the sum of x x^T over the tokens to fit on, [columns, columns]; shared like the samples, not of experts.
 
-    Empty unless a step asks for it.
+    Empty unless a step asks for it, which may use them up: they are large.
     """
     held_out: torch.Tensor
     """Hidden states before the block of held-out sequences: [sequences, positions, n_embd], about HELD_OUT_TOKENS."""
@@ -143,7 +144,7 @@ def tune(
     progress = progress or Silent()
     parts = split(tokens, settings.batch_tokens)
     folder, inputs = settings.work / stage, _identity(model, tokens, steps, settings)
-    with torch_threads(settings.threads), WorkFolder(folder, inputs, stage) as work:
+    with torch_threads(settings.threads), rounded_products(), WorkFolder(folder, inputs, stage) as work:
         kept = model.kept
         progress.stage(stage, (len(kept) - work.finished) * tokens.ids.size)
         visitor = _Visitor(model, parts, steps)

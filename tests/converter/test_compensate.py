@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from ziggurat.converter import ggml
 from ziggurat.converter.compensate import (
     CompensateSettings,
+    Gram,
     Matrix,
     Metric,
     compensate,
@@ -34,6 +37,16 @@ def type_id(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Executor]:
+    with ThreadPoolExecutor(2) as threads:
+        yield threads
+
+
+def metric_of(inputs: torch.Tensor) -> Metric:
+    return Gram(inputs.T @ inputs).metric(0.1)
+
+
 def correlated(tokens: int, seed: int) -> torch.Tensor:
     """Inputs of 64 causes, the size of whose channels differs."""
     mix = torch.from_numpy(np.random.default_rng(0).standard_normal((64, COLUMNS)).astype(np.float32))
@@ -54,17 +67,17 @@ def cost(m: Matrix, packed: np.ndarray, gram: torch.Tensor) -> torch.Tensor:
     return ((error @ gram.double()) * error).sum(1)
 
 
-def test_loss_on_other_inputs_is_lower(type_id: int) -> None:
+def test_loss_on_other_inputs_is_lower(type_id: int, pool: Executor) -> None:
     fit, other = correlated(4096, 2), correlated(512, 3)
     m = matrix(type_id, fit)
-    packed = compensate(m, Metric.of(fit.T @ fit, 0.1), SETTINGS)
+    packed = compensate(m, metric_of(fit), SETTINGS, pool)
     assert packed.shape == (ROWS, ggml.row_bytes(type_id, COLUMNS))
     assert squared_error(m, packed, other) < 0.6 * squared_error(m, quantize_plainly(m), other)
 
 
 def test_descent_lowers_the_cost_of_every_row(type_id: int) -> None:
     fit = correlated(2048, 2)
-    m, metric = matrix(type_id, fit), Metric.of(fit.T @ fit, 0.1)
+    m, metric = matrix(type_id, fit), metric_of(fit)
     first = feed_back(m.rows, metric.factor, type_id, m.importance)
     better = descend(first, m.rows, metric.gram, type_id, 2)
     before, after = cost(m, first, metric.gram), cost(m, better, metric.gram)
@@ -72,11 +85,11 @@ def test_descent_lowers_the_cost_of_every_row(type_id: int) -> None:
     assert float(after.sum()) < 0.99 * float(before.sum())
 
 
-def test_scales_stay_within_what_the_type_can_hold(type_id: int) -> None:
+def test_scales_stay_within_what_the_type_can_hold(type_id: int, pool: Executor) -> None:
     fit = correlated(2048, 2)
     m = matrix(type_id, fit)
     m = dataclasses.replace(m, rows=m.rows * torch.logspace(-6, 4, ROWS)[:, None])
-    values = ggml.dequantize_rows(type_id, compensate(m, Metric.of(fit.T @ fit, 0.1), SETTINGS), COLUMNS)
+    values = ggml.dequantize_rows(type_id, compensate(m, metric_of(fit), SETTINGS, pool), COLUMNS)
     assert np.isfinite(values).all()
 
 
@@ -104,13 +117,13 @@ def test_errors_of_a_column_are_made_up_for_by_those_behind_it() -> None:
 
 
 @pytest.mark.parametrize("tokens", [8, 64])
-def test_it_is_never_worse_on_held_out_inputs(tokens: int) -> None:
+def test_it_is_never_worse_on_held_out_inputs(tokens: int, pool: Executor) -> None:
     """Too few tokens to know correlations by: stronger shrinkage, or ggml's own choice."""
     ggml.prepare(Q4_K)
     rng = np.random.default_rng(4)
     fit, other = (torch.from_numpy(rng.standard_t(2, (n, COLUMNS)).astype(np.float32)) for n in (tokens, 256))
     m = matrix(Q4_K, fit)
-    [result] = compensate_all([m], fit.T @ fit, other, SETTINGS)
+    [result] = compensate_all([m], fit.T @ fit, other, SETTINGS, pool)
     assert result.loss <= result.plain_loss
     size = float((other @ m.rows.T).square().sum())
     assert squared_error(m, result.packed, other) / size == pytest.approx(result.loss)
@@ -119,44 +132,44 @@ def test_it_is_never_worse_on_held_out_inputs(tokens: int) -> None:
         np.testing.assert_array_equal(result.packed, quantize_plainly(m))
 
 
-def test_shrinkage_grows_as_tokens_become_fewer() -> None:
+def test_shrinkage_grows_as_tokens_become_fewer(pool: Executor) -> None:
     ggml.prepare(Q4_K)
     other, chosen = correlated(512, 3), []
     for tokens in (32, 4096):
         fit = correlated(tokens, 2)
-        [result] = compensate_all([matrix(Q4_K, fit)], fit.T @ fit, other, SETTINGS)
+        [result] = compensate_all([matrix(Q4_K, fit)], fit.T @ fit, other, SETTINGS, pool)
         chosen.append(result.shrinkage)
     assert chosen[0] > chosen[1]
 
 
 @pytest.mark.parametrize("type_id", [Q4_0, Q4_K])
-def test_the_same_bytes_every_time_and_by_any_parts(type_id: int) -> None:
+def test_the_same_bytes_every_time_and_by_any_parts(type_id: int, pool: Executor) -> None:
     ggml.prepare(type_id)
     fit = correlated(1024, 2)
-    m, metric = matrix(type_id, fit), Metric.of(fit.T @ fit, 0.1)
-    once = compensate(m, metric, SETTINGS)
-    np.testing.assert_array_equal(compensate(m, metric, SETTINGS), once)
+    m, metric = matrix(type_id, fit), metric_of(fit)
+    once = compensate(m, metric, SETTINGS, pool)
+    np.testing.assert_array_equal(compensate(m, metric, SETTINGS, pool), once)
     # products of matrices of other shapes are summed in another order: near ties may fall either way
-    parts = compensate(m, metric, dataclasses.replace(SETTINGS, values=8 * COLUMNS))
+    parts = compensate(m, metric, dataclasses.replace(SETTINGS, values=8 * COLUMNS), pool)
     assert (parts != once).mean() < 0.02
 
 
-def test_rows_do_not_depend_on_each_other() -> None:
+def test_rows_do_not_depend_on_each_other(pool: Executor) -> None:
     ggml.prepare(Q4_K)
     fit = correlated(1024, 2)
-    m, metric = matrix(Q4_K, fit), Metric.of(fit.T @ fit, 0.1)
+    m, metric = matrix(Q4_K, fit), metric_of(fit)
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))
-    packed = compensate(m, metric, SETTINGS)
-    permuted = compensate(dataclasses.replace(m, rows=m.rows[order]), metric, SETTINGS)
+    packed = compensate(m, metric, SETTINGS, pool)
+    permuted = compensate(dataclasses.replace(m, rows=m.rows[order]), metric, SETTINGS, pool)
     np.testing.assert_array_equal(permuted, packed[order.numpy()])
 
 
-def test_columns_that_are_always_zero_are_rounded_as_ever() -> None:
+def test_columns_that_are_always_zero_are_rounded_as_ever(pool: Executor) -> None:
     ggml.prepare(Q8_0)
     fit = correlated(1024, 2)
     fit[:, 40:50] = 0
     m = matrix(Q8_0, fit)
-    packed = compensate(m, Metric.of(fit.T @ fit, 0.1), SETTINGS)
+    packed = compensate(m, metric_of(fit), SETTINGS, pool)
     values = ggml.dequantize_rows(Q8_0, packed, COLUMNS)[:, 40:50]
     plain = ggml.dequantize_rows(Q8_0, quantize_plainly(m), COLUMNS)[:, 40:50]
     assert np.abs(values - plain).max() < 0.1
