@@ -173,15 +173,18 @@ def choose_metric(
     trials = [m.part(slice(0, None, -(-len(m.rows) // settings.trial_rows))) for m in matrices]
     sizes = [_size(trial, held_out) for trial in trials]
     best: tuple[float, float] | None = None
+    metric: Metric | None = None
     for shrinkage in settings.shrinkages:
+        del metric  # room for the next
         metric = gram.metric(shrinkage)
         packed = list(pool.map(lambda trial, metric=metric: _compensated(trial, metric, settings), trials))
         errors = [squared_error(*pair, held_out) for pair in zip(trials, packed, strict=True)]
         loss = sum(error / size for error, size in zip(errors, sizes, strict=True))
         if best is not None and loss >= best[0]:
-            del metric  # room for the one before it, made again
+            del metric  # room for the one before, made again
             return gram.metric(best[1]), best[1]
         best = loss, shrinkage
+    assert metric is not None
     return metric, shrinkage
 
 
