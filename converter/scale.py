@@ -58,7 +58,7 @@ class ScaleSettings:
 
     grid: int = 20
     """Exponents a between 0 and 1."""
-    values: int = 1 << 18
+    values: int = 1 << 16
     """Weights of a tensor that every candidate is tried on, in whole rows."""
     samples: int = 512
     """Activations of a layer that every candidate is tried on."""
