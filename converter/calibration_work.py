@@ -16,7 +16,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -204,8 +204,8 @@ class WorkFolder:
         os.replace(partial, self.folder / MANIFEST)
         self.finished = finished
 
-    def block(self, index: int) -> dict[str, npt.NDArray[Any]]:
-        """Figures of a finished step.
+    def block(self, index: int, wanted: Callable[[str], bool] | None = None) -> dict[str, npt.NDArray[Any]]:
+        """Figures of a finished step: all, or those whose names are wanted; the others are not read.
 
         Raises:
             CalibrationError: they are missing or damaged.
@@ -213,7 +213,7 @@ class WorkFolder:
         path = self.folder / f"block-{index:04}.npz"
         try:
             with np.load(path) as arrays:
-                return dict(arrays)
+                return {name: arrays[name] for name in arrays if wanted is None or wanted(name)}
         except Exception as e:  # zip files fail in many ways
             raise CalibrationError(f"{path} is missing or damaged: remove {self.folder} and start again") from e
 

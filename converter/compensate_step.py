@@ -164,16 +164,17 @@ class Compensation:
             yield name + LOSSES, np.array([result.plain_loss, result.loss, result.shrinkage])
 
 
-def substituted(plan: Plan, types: Mapping[str, int], found: Callable[[int], Arrays], blocks: int) -> Plan:
+def substituted(
+    plan: Plan, types: Mapping[str, int], found: Callable[[int], Arrays], places: Mapping[str, int]
+) -> Plan:  # fmt: skip
     """The plan with the tensors that `Compensation` made, as bytes in their final type.
 
     Args:
         plan: of which the step was made, with its scales folded in or not.
         types: those of the step.
         found: what the step found for each place; its last answer is kept.
-        blocks: number of places.
+        places: by name of such a tensor.
     """
-    places = {name: place for place in range(blocks) for name in found(place) if not name.endswith(LOSSES)}
     remembered = functools.lru_cache(1)(found)  # the file's order is block by block
 
     def replaced(tensor: PlannedTensor, place: int) -> PlannedTensor:

@@ -213,11 +213,15 @@ def _compensated(fitted: Fitted, target: Mapping[str, int], finished: WorkFolder
     from ziggurat.converter.tune import found
 
     def of_place(place: int) -> Arrays:
-        return found(finished.block(place), compensate_step.NAME)
+        return found(finished, place, compensate_step.NAME)
 
-    losses = [loss for place in range(finished.finished) for loss in compensate_step.losses(of_place(place))]
-    record = CompensationRecord.of(losses)
-    plan = compensate_step.substituted(fitted.plan, target, of_place, finished.finished)
+    losses = [
+        compensate_step.losses(found(finished, place, compensate_step.NAME, compensate_step.LOSSES))
+        for place in range(finished.finished)
+    ]
+    record = CompensationRecord.of([loss for of_block in losses for loss in of_block])
+    places = {loss.tensor: place for place, of_block in enumerate(losses) for loss in of_block}
+    plan = compensate_step.substituted(fitted.plan, target, of_place, places)
     plan = dataclasses.replace(plan, metadata={**plan.metadata, **record.metadata()})
     return dataclasses.replace(fitted, plan=plan, compensation=record)
 
@@ -226,7 +230,7 @@ def _scaled(fitted: Fitted, groups: Sequence[Group], finished: WorkFolder) -> Fi
     """With the scales that were found folded in."""
     from ziggurat.converter.tune import found
 
-    arrays = {place: found(finished.block(place), scale.NAME) for place in range(finished.finished)}
+    arrays = {place: found(finished, place, scale.NAME) for place in range(finished.finished)}
     scales = {place: scale.scales(of_block) for place, of_block in arrays.items()}
     record, columns = ScalesRecord.of(arrays), fold.column_scales(fitted.plan, groups, scales)
     plan = fold.fold(fitted.plan, groups, scales)

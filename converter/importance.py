@@ -40,7 +40,7 @@ def gather(work: WorkFolder, tensors: Mapping[str, str], tokens: CalibrationToke
     counts: dict[str, Float32] = {}
     unrouted: dict[str, tuple[int, ...]] = {}
     for place in range(work.finished):
-        for layer, statistics in activations.unpack(work.block(place)).items():
+        for layer, statistics in activations.unpack(work.block(place, _is_statistic)).items():
             name = tensors.get(layer)
             if name is None:
                 continue
@@ -54,6 +54,11 @@ def gather(work: WorkFolder, tensors: Mapping[str, str], tokens: CalibrationToke
                 )
     sequences, positions = tokens.ids.shape
     return Gathered(ImportanceMatrix(sums, counts, (tokens.source,), sequences, positions), unrouted)
+
+
+def _is_statistic(name: str) -> bool:
+    """Not what a step found."""
+    return "/" not in name
 
 
 def _entry(statistics: ChannelStatistics) -> tuple[Float32, Float32, tuple[int, ...]]:

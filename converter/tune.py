@@ -154,10 +154,15 @@ def tune(
     return work
 
 
-def found(arrays: Arrays, step: str) -> dict[str, npt.NDArray[Any]]:
-    """What a step found, among all arrays of a block."""
+def found(work: WorkFolder, place: int, step: str, ending: str = "") -> dict[str, npt.NDArray[Any]]:
+    """What a step found for a block; of that, the arrays whose names end so.
+
+    Raises:
+        CalibrationError: it is missing or damaged.
+    """
     prefix = f"{step}/"
-    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+    arrays = work.block(place, lambda name: name.startswith(prefix) and name.endswith(ending))
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
 def _identity(

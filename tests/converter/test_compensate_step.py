@@ -79,9 +79,9 @@ def compensated(folder: Path, work: Path, *, scaled: bool = False) -> Result:
     steps = [Double(groups), step] if scaled else [step]
     model = TunedModel(Blocks(checkpoint), linears.tensor_names(checkpoint, plan))
     finished = tune(model, random_tokens(6, 32), steps, CalibrateSettings(work=work, threads=1))
-    blocks = [finished.block(place) for place in range(finished.finished)]
-    scales = {place: found(block, scale.NAME) for place, block in enumerate(blocks)} if scaled else {}
-    return Result(checkpoint, types, [found(block, compensate_step.NAME) for block in blocks], scales)
+    places = range(finished.finished)
+    scales = {place: found(finished, place, scale.NAME) for place in places} if scaled else {}
+    return Result(checkpoint, types, [found(finished, place, compensate_step.NAME) for place in places], scales)
 
 
 @pytest.mark.parametrize(("family", "scaled"), [("llama_gqa", False), *((name, True) for name in CAUSAL)])
@@ -107,7 +107,8 @@ def test_the_bytes_are_those_of_the_planned_tensors(
 def test_the_file_gets_these_bytes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     result = compensated(checkpoint("llama_gqa"), tmp_path / "work", scaled=True)
     plan = fold.fold(result.plan(), result.groups, result.scales)
-    plan = substituted(plan, result.types, lambda place: result.found[place], len(result.found))
+    places = {loss.tensor: place for place, arrays in enumerate(result.found) for loss in losses(arrays)}
+    plan = substituted(plan, result.types, lambda place: result.found[place], places)
     types = [result.types[t.name] for t in plan.tensors]
     written: dict[str, bytes] = {}
     for slab in quantize.stream(plan.tensors, types, threads=1):

@@ -156,7 +156,7 @@ def test_later_steps_see_what_earlier_ones_found(deep: Path, tmp_path: Path) -> 
     work = run(deep, tmp_path, first, second)
     assert not first.seen[1].found
     assert set(second.seen[1].found) == {"first"}
-    kept = found(work.block(1), "first")
+    kept = found(work, 1, "first")
     assert set(kept) == set(second.seen[1].found["first"])
     for name, array in second.seen[1].found["first"].items():
         assert np.array_equal(kept[name], array)
