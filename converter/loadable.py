@@ -1,10 +1,12 @@
 """Lets llama.cpp check a GGUF's metadata, tensor shapes and vocabulary before any weight is computed.
 
-The check runs in a process of its own: on some wrong inputs llama.cpp does not return an error but aborts.
+The check runs in a process of its own: on some wrong inputs llama.cpp does not return an error but aborts. That process
+imports no more than `ctypes`: the bindings with all that they import take far longer to start than the check.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -26,9 +28,15 @@ def check_loadable(path: Path) -> None:
         TokenizerError: llama.cpp does not know the pre-tokenizer.
         UnsupportedModelError: llama.cpp would not load it for another reason, which is told.
     """
+    import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    params.n_gpu_layers = 0
     # Python would look for modules in the current folder first, which may be a checkpoint with files of its own.
     code = f"import sys; sys.path = [p for p in sys.path if p]; from {__name__} import _child; _child()"
-    command = [sys.executable, "-c", code, str(path)]
+    command = [sys.executable, "-c", code, llama_cpp.llama_cpp._lib._name, bytes(params).hex(), str(path)]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if result.returncode == 0:
@@ -45,11 +53,13 @@ def check_loadable(path: Path) -> None:
 
 
 def _child() -> None:
-    import llama_cpp
+    """Load the model; the arguments are the library, `llama_model_params` without a pointer as hex digits, the file."""
+    library, digits, path = sys.argv[1:]
+    words = len(digits) // 16
 
-    params = llama_cpp.llama_model_default_params()
-    params.no_alloc = True
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-    params.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(sys.argv[1]), params)
-    sys.exit(0 if model else 1)
+    class Params(ctypes.Structure):
+        _fields_ = [("words", ctypes.c_uint64 * words)]  # passed by value like any struct of this size
+
+    load = ctypes.CDLL(library).llama_model_load_from_file
+    load.argtypes, load.restype = [ctypes.c_char_p, Params], ctypes.c_void_p
+    sys.exit(0 if load(os.fsencode(path), Params.from_buffer_copy(bytes.fromhex(digits))) else 1)

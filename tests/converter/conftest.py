@@ -11,7 +11,7 @@ import llama_cpp
 import pytest
 
 from helpers import families
-from helpers.plain import plain
+from helpers.plain import fitted_quickly, plain
 from ziggurat.converter.pipeline import convert
 
 MakeCheckpoint = Callable[..., Path]
@@ -48,6 +48,13 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> MakeGguf:
         return made[folder, type_name]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def quick_fit() -> Iterator[None]:
+    """For tests of whole conversions that do not look at how good the fit is."""
+    with fitted_quickly():
+        yield
 
 
 @pytest.fixture

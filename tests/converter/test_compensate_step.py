@@ -13,17 +13,16 @@ import torch
 
 from helpers.deep import random_tokens
 from helpers.families import FAMILIES
+from helpers.plain import QUICK_COMPENSATION
 from ziggurat.converter import compensate_step, fold, ggml, linears, quantize, scale, scale_groups, upstream
 from ziggurat.converter.blocks import Blocks
 from ziggurat.converter.calibrate import CalibrateSettings
 from ziggurat.converter.checkpoint import Checkpoint, open_checkpoint
-from ziggurat.converter.compensate import CompensateSettings
 from ziggurat.converter.compensate_step import LOSSES, Compensation, TensorLoss, losses, substituted
 from ziggurat.converter.errors import CalibrationError
 from ziggurat.converter.tune import Captured, TunedModel, found, tune
 
 Q4_0 = 2
-QUICK = CompensateSettings(shrinkages=(1.0,), passes=1, trial_rows=1)
 CAUSAL = [name for name, family in FAMILIES.items() if family.causal]
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -75,7 +74,7 @@ def compensated(folder: Path, work: Path, *, scaled: bool = False) -> Result:
     checkpoint = open_checkpoint(folder)
     plan, groups = upstream.plan(checkpoint, "bf16"), scale_groups.find(checkpoint)
     types = {t.name: Q4_0 if t.type_id == quantize.BF16 else t.type_id for t in plan.tensors}
-    step = Compensation(plan, types, groups if scaled else (), settings=QUICK)
+    step = Compensation(plan, types, groups if scaled else (), settings=QUICK_COMPENSATION)
     steps = [Double(groups), step] if scaled else [step]
     model = TunedModel(Blocks(checkpoint), linears.tensor_names(checkpoint, plan))
     finished = tune(model, random_tokens(6, 32), steps, CalibrateSettings(work=work, threads=1))
@@ -146,7 +145,7 @@ def test_activations_that_are_no_numbers_are_refused(checkpoint: Callable[..., P
     captured = keep.captured[0]
     broken = {layer: torch.full_like(gram, torch.nan) for layer, gram in captured.grams.items()}
     with pytest.raises(CalibrationError, match="NaN or infinite"):
-        Compensation(plan, types, settings=QUICK)(dataclasses.replace(captured, grams=broken))
+        Compensation(plan, types, settings=QUICK_COMPENSATION)(dataclasses.replace(captured, grams=broken))
 
 
 def test_what_decides_the_tensors_is_in_its_identity() -> None:
@@ -158,6 +157,6 @@ def test_what_decides_the_tensors_is_in_its_identity() -> None:
         Compensation(plan, {"a": 8}),
         Compensation(plan, {"a": Q4_0}, weighted=False),
         Compensation(plan, {"a": Q4_0}, importance=importance),
-        Compensation(plan, {"a": Q4_0}, settings=QUICK),
+        Compensation(plan, {"a": Q4_0}, settings=QUICK_COMPENSATION),
     ]
     assert all(other.identity != same.identity for other in others)

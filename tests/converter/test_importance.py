@@ -31,7 +31,7 @@ from ziggurat.runtime.command_inspect import inspect
 
 MakeCheckpoint = Callable[..., Path]
 
-pytestmark = pytest.mark.usefixtures("quiet")
+pytestmark = pytest.mark.usefixtures("quiet", "quick_fit")
 
 TEXT = TextSettings(tokens=1024, sequence=64)
 FLAGS = ("--calibration-tokens", "1024", "--calibration-sequence", "64", "--threads", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from llama_cpp import _gguf as gguf
 
 from helpers.deep import build_deep
 from helpers.plain import PLAIN_FLAGS
-from ziggurat.converter import fitting, mix_losses, mix_pass, scale
+from ziggurat.converter import mix_losses, mix_pass
 from ziggurat.converter.cli import convert as command
 from ziggurat.converter.loadable import check_loadable
 
@@ -32,7 +31,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 Settings = mix_pass.MixSettings
-QUICK_SCALES = scale.ScaleSettings(grid=4, values=1 << 14, final_values=1 << 16)
 
 
 def run(*words: object) -> Result:
@@ -80,10 +78,9 @@ def test_bits_per_weight_are_the_reports(bits: float, small: Path, tmp_path: Pat
     assert report["mix"]["note"] is None
 
 
-@pytest.mark.usefixtures("quick", "quiet")
-def test_twice_the_same(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick", "quick_fit", "quiet")
+def test_twice_the_same(small: Path, tmp_path: Path) -> None:
     """With scales, which the losses are measured with."""
-    monkeypatch.setattr(fitting, "ScaleSearch", functools.partial(scale.ScaleSearch, settings=QUICK_SCALES))
     for name in ("a", "b"):
         converted(small, tmp_path / f"{name}.gguf", "--bpw", 4.25)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

@@ -29,6 +29,8 @@ from ziggurat.runtime.command_inspect import inspect
 
 TEXT = TextSettings(tokens=1024, sequence=64)
 
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

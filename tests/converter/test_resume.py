@@ -37,6 +37,8 @@ REMOVED, REPAIR = (2, 3), RepairSettings()
 CALLS = (2, 3 * 2 + 1 + 2, 2 + 1 + 2, 2 + 1 + 2)
 TEXT = TextSettings(tokens=512, sequence=64)
 
+pytestmark = pytest.mark.usefixtures("quick_fit")
+
 
 class Watcher:
     """Counts the steps, and may stop after some of them."""
@@ -67,7 +69,7 @@ class Watcher:
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("deep") / "model"
-    return open_checkpoint(build_deep(folder, 6, intermediate_size=256))
+    return open_checkpoint(build_deep(folder, 6, hidden_size=64, intermediate_size=96, num_attention_heads=4))
 
 
 def mend(
@@ -242,11 +244,11 @@ def test_a_longer_search_takes_up_a_shorter_one(deep: Checkpoint, tmp_path: Path
 
 def settings(**options: Any) -> ConvertSettings:
     prune = PruneSettings(count=2, by=options.pop("by", "influence"))
-    return ConvertSettings(**{"type": "q4_k_m", "threads": 1, "prune": prune, "calibration": TEXT, **options})
+    return ConvertSettings(**{"type": "q4_0", "threads": 1, "prune": prune, "calibration": TEXT, **options})
 
 
 @pytest.fixture(scope="module")
-def wanted(deep: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def wanted(deep: Checkpoint, quick_fit: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Files of conversions that nothing interrupts."""
     files = {}
     for by in ("influence", "perplexity"):
@@ -345,7 +347,7 @@ def interrupted(
                 raise error
 
     monkeypatch.setattr(cli, "Display", Stopping)
-    options = ["--threads", "1", "--calibration-tokens", "512", "--calibration-sequence", "64"]
+    options = ["--type", "q4_0", "--threads", "1", "--calibration-tokens", "512", "--calibration-sequence", "64"]
     return CliRunner().invoke(cli.convert, [str(folder), str(out), *options, *words])
 
 

@@ -71,7 +71,7 @@ class Gguf:
         """Return the logits after every token of the prompt, (tokens, vocabulary)."""
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = max(len(tokens), 32)
-        parameters.n_threads = parameters.n_threads_batch = 2
+        parameters.n_threads = parameters.n_threads_batch = 1  # more only wait for each other
         # an F16 cache alone costs more than the tolerance; flash attention computes in F16 too
         parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
