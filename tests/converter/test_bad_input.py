@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from helpers.plain import PLAIN_FLAGS
-from ziggurat.converter.cli import convert
+from ziggurat.converter.cli import convert, main
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -402,17 +402,28 @@ def test_too_little_space_is_seen_before_the_work(
     refused(run(folder, tmp_path / "out.gguf"), "MB free", "make room")
 
 
-@pytest.mark.parametrize("missing", ["torch", "transformers", "sentencepiece", "huggingface_hub"])
-def test_installed_without_what_a_conversion_needs(folder: Path, tmp_path: Path, missing: str) -> None:
+NOT_INSTALLED = "convert: error: {} is not installed: `pip install 'ziggurat[convert]'`"
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_installed_without_what_every_conversion_imports(folder: Path, tmp_path: Path, missing: str) -> None:
     """`pip install ziggurat` alone runs models; the line says what converting them needs."""
-    model = "owner/name" if missing == "huggingface_hub" else str(folder)
     code = f"import sys; sys.modules[{missing!r}] = None; from ziggurat.converter.cli import main; main()"
     result = subprocess.run(
-        [sys.executable, "-c", code, model, str(tmp_path / "out.gguf")], capture_output=True, text=True
+        [sys.executable, "-c", code, str(folder), str(tmp_path / "out.gguf")], capture_output=True, text=True
     )
     assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
-    assert line == f"convert: error: {missing} is not installed: `pip install 'ziggurat[convert]'`"
+    assert result.stderr.splitlines() == [NOT_INSTALLED.format(missing)]
+
+
+@pytest.mark.parametrize("missing", ["sentencepiece", "huggingface_hub"])
+def test_installed_without_what_some_conversions_import(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    result = run("owner/name" if missing == "huggingface_hub" else folder, tmp_path / "out.gguf")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [NOT_INSTALLED.format(missing)]
 
 
 def test_unknown_type(folder: Path, tmp_path: Path) -> None:
@@ -420,12 +431,22 @@ def test_unknown_type(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "q4_z" in result.stderr
 
 
-def test_a_wrong_call_is_one_line(folder: Path, tmp_path: Path) -> None:
+def test_a_wrong_call_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments in ([], [folder], [folder, tmp_path / "out.gguf", "--type", "q4_z"], ["--nonsense"]):
-        command = [sys.executable, "-m", "ziggurat.converter", *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        (line,) = result.stderr.splitlines()
-        assert result.returncode == 2 and line.startswith("convert: error: ") and line.endswith("convert --help)")
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2
+        assert line.startswith("convert: error: ") and line.endswith("convert --help)")
+
+
+def test_a_wrong_call_of_the_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ziggurat.converter", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("convert: error: ")
 
 
 def test_python_files_of_a_checkpoint_are_never_imported(
