@@ -6,6 +6,7 @@ import ctypes
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import pytest
@@ -23,10 +24,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     """Give the folder of a random checkpoint: a family's name, and options of `families.build`."""
     made: dict[tuple[object, ...], Path] = {}
 
-    def make(name: str, **options: str) -> Path:
+    def make(name: str, **options: Any) -> Path:
         key = (name, *sorted(options.items()))
         if key not in made:
-            made[key] = families.build(name, tmp_path_factory.mktemp(name) / "model", **options)  # type: ignore[arg-type]
+            made[key] = families.build(name, tmp_path_factory.mktemp(name) / "model", **options)
         return made[key]
 
     return make

@@ -88,7 +88,7 @@ def test_the_bytes_are_those_of_the_planned_tensors(
     family: str, scaled: bool, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Of every matrix but the experts; rows in another order, or wrong scales, would be far from them."""
-    result = compensated(checkpoint(family), tmp_path / "work", scaled=scaled)
+    result = compensated(checkpoint(family, narrow=True), tmp_path / "work", scaled=scaled)
     plan = fold.fold(result.plan(), result.groups, result.scales)
     wanted = {
         t.name: t
@@ -104,7 +104,7 @@ def test_the_bytes_are_those_of_the_planned_tensors(
 
 
 def test_the_file_gets_these_bytes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    result = compensated(checkpoint("llama_gqa"), tmp_path / "work", scaled=True)
+    result = compensated(checkpoint("llama_gqa", narrow=True), tmp_path / "work", scaled=True)
     plan = fold.fold(result.plan(), result.groups, result.scales)
     places = {loss.tensor: place for place, arrays in enumerate(result.found) for loss in losses(arrays)}
     plan = substituted(plan, result.types, lambda place: result.found[place], places)
@@ -121,7 +121,7 @@ def test_the_file_gets_these_bytes(checkpoint: Callable[..., Path], tmp_path: Pa
 
 
 def test_losses_are_told_and_never_rise(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    result = compensated(checkpoint("qwen2"), tmp_path / "work")
+    result = compensated(checkpoint("qwen2", narrow=True), tmp_path / "work")
     told: list[TensorLoss] = [loss for arrays in result.found for loss in losses(arrays)]
     assert {loss.tensor for loss in told} == {n for a in result.found for n in a if not n.endswith(LOSSES)}
     assert all(0 < loss.loss <= loss.plain for loss in told)
@@ -129,7 +129,7 @@ def test_losses_are_told_and_never_rise(checkpoint: Callable[..., Path], tmp_pat
 
 
 def test_it_gives_the_same_bytes_again(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    once, again = (compensated(checkpoint("gemma2"), tmp_path / name) for name in ("once", "again"))
+    once, again = (compensated(checkpoint("gemma2", narrow=True), tmp_path / name) for name in ("once", "again"))
     for a, b in zip(once.found, again.found, strict=True):
         assert a.keys() == b.keys()
         for name in a:
@@ -137,7 +137,7 @@ def test_it_gives_the_same_bytes_again(checkpoint: Callable[..., Path], tmp_path
 
 
 def test_activations_that_are_no_numbers_are_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    opened, keep = open_checkpoint(checkpoint("llama_gqa")), Keep()
+    opened, keep = open_checkpoint(checkpoint("llama_gqa", narrow=True)), Keep()
     plan = upstream.plan(opened, "bf16")
     types = {t.name: Q4_0 if t.type_id == quantize.BF16 else t.type_id for t in plan.tensors}
     model = TunedModel(Blocks(opened), linears.tensor_names(opened, plan))

@@ -33,6 +33,17 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
 }
+_WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "head_dim",
+    "query_pre_attn_scalar",
+    "n_embd",
+    "d_model",
+    "d_kv",
+    "d_ff",
+)
 _LLAMA31_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -196,10 +207,11 @@ def build(
     tokenizer: str | None = None,
     max_shard_size: str = "5GB",
     layers: int | None = None,
+    narrow: bool = False,
 ) -> Path:
     """Write the checkpoint of family `name` into `folder`, with its tokenizer or another, and return the folder.
 
-    `layers` makes it another number of blocks deep.
+    `layers` makes it another number of blocks deep; `narrow` makes all widths a quarter, too little for K-quants.
     """
     family = FAMILIES[name]
     tokenizer = tokenizer or family.tokenizer
@@ -209,6 +221,8 @@ def build(
     options = dict(family.options)
     if layers is not None:
         options["n_layer" if "n_layer" in options else "num_hidden_layers"] = layers
+    if narrow:
+        options.update({name: options[name] // 4 for name in _WIDTHS if name in options})
     settings = family.config(vocab_size=vocab_size, **ids, **options)
     with _quiet():
         model = family.model(settings)
