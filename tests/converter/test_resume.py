@@ -259,7 +259,7 @@ def wanted(deep: Checkpoint, quick_fit: None, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize(
-    ("by", "limits"), [("influence", [4, 12, 12, 12, 12]), ("perplexity", [30, 25, 12, 12, 12, 12])]
+    ("by", "limits"), [("influence", [4, 12, 12, 12, 12]), ("perplexity", [30, 25, 12, 12, 12, 12, 12])]
 )
 def test_a_conversion_killed_again_and_again_gives_the_same_file(
     deep: Checkpoint, wanted: dict[str, bytes], tmp_path: Path, by: str, limits: list[int]
