@@ -162,8 +162,9 @@ def compensate(matrix: Matrix, metric: Metric, settings: CompensateSettings, poo
 
 
 def _compensated(part: Matrix, metric: Metric, settings: CompensateSettings) -> UInt8:
-    packed = feed_back(part.rows, metric.factor, part.type_id, part.importance)
-    return descend(packed, part.rows, metric.gram, part.type_id, settings.passes)
+    parts = feed_back(part.rows, metric.factor, part.type_id, part.importance)
+    descend(parts, metric.gram, part.type_id, settings.passes)
+    return parts.packed(GRIDS[part.type_id])
 
 
 def choose_metric(

@@ -1,8 +1,7 @@
 """The converter's door to the patched library: ggml's quantizers and llama.cpp's type recipes.
 
-With `loadable`, the only module of the converter that touches the C API. All functions may be called from several
-threads at once;
-ctypes releases Python's lock while C code runs.
+With `kernels` and `loadable`, the only module of the converter that touches the C API. All functions may be called from
+several threads at once; ctypes releases Python's lock while C code runs.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class ModelShape:
 
 
 @functools.cache
-def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+def libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     """libggml-base and libllama with the signatures used here.
 
     Raises:
@@ -98,6 +97,7 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     llama = ctypes.CDLL(llama_cpp.llama_cpp._lib._name)
     try:
         recipe = llama.ziggurat_quant_types
+        feed_back, descend = llama.ziggurat_round_feed_back, llama.ziggurat_round_descend
     except AttributeError:
         raise LibraryError(
             f"the installed llama-cpp-python {llama_cpp.__version__} is not the patched one: {REMEDY}"
@@ -108,6 +108,8 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     ]  # fmt: skip
     recipe.restype = ctypes.c_int32
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64
+    feed_back.argtypes, feed_back.restype = [pointer, i64, *[pointer] * 7], None
+    descend.argtypes, descend.restype = [pointer, i64, *[pointer] * 8], None
     base.ggml_quantize_init.argtypes = [ctypes.c_int]
     base.ggml_quantize_init.restype = None
     base.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
@@ -129,33 +131,33 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
 
 def row_bytes(type_id: int, columns: int) -> int:
     """Bytes of one row of `columns` values of ggml type `type_id`."""
-    return int(_libraries()[0].ggml_row_size(type_id, columns))
+    return int(libraries()[0].ggml_row_size(type_id, columns))
 
 
 def block_columns(type_id: int) -> int:
     """Columns of a block of ggml type `type_id`, which have something in common: 256 in the K types."""
-    return int(_libraries()[0].ggml_get_type_traits(type_id).contents.blck_size)
+    return int(libraries()[0].ggml_get_type_traits(type_id).contents.blck_size)
 
 
 def type_name(type_id: int) -> str:
     """Ggml's name of a type, for example "q4_K"."""
-    return str(_libraries()[0].ggml_type_name(type_id).decode())
+    return str(libraries()[0].ggml_type_name(type_id).decode())
 
 
 def needs_importance(type_id: int) -> bool:
     """Whether ggml's quantizer of this type cannot run without importance data."""
-    return bool(_libraries()[0].ggml_quantize_requires_imatrix(type_id))
+    return bool(libraries()[0].ggml_quantize_requires_imatrix(type_id))
 
 
 def prepare(type_id: int) -> None:
     """Build the lookup tables that quantizing to `type_id` needs: once, before several threads start."""
-    _libraries()[0].ggml_quantize_init(type_id)
+    libraries()[0].ggml_quantize_init(type_id)
 
 
 def to_bf16(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """Round float32 to bfloat16 (nearest, ties to even), as bit patterns of the same shape."""
     out = np.empty(rows.shape, np.uint16)
-    _libraries()[0].ggml_fp32_to_bf16_row_ref(rows.ctypes.data, out.ctypes.data, rows.size)
+    libraries()[0].ggml_fp32_to_bf16_row_ref(rows.ctypes.data, out.ctypes.data, rows.size)
     return out
 
 
@@ -172,7 +174,7 @@ def quantize_rows(
     Raises:
         QuantizeError: the result holds non-finite scales.
     """
-    base = _libraries()[0]
+    base = libraries()[0]
     weights = importance.ctypes.data if importance is not None else None
     n, columns = rows.shape
     written = base.ggml_quantize_chunk(type_id, rows.ctypes.data, out.ctypes.data, 0, n, columns, weights)
@@ -196,7 +198,7 @@ def dequantize_rows(type_id: int, packed: npt.NDArray[np.uint8], columns: int) -
     rows, left = divmod(packed.nbytes, row_bytes(type_id, columns))
     assert left == 0
     out = np.empty((rows, columns), np.float32)
-    traits = _libraries()[0].ggml_get_type_traits(type_id).contents
+    traits = libraries()[0].ggml_get_type_traits(type_id).contents
     traits.to_float(packed.ctypes.data, out.ctypes.data, out.size)  # blocks are self-contained: rows need no loop
     return out
 
@@ -233,7 +235,7 @@ def recipe_types(
     )  # fmt: skip
     types, needs = (ctypes.c_int32 * n)(), (ctypes.c_uint8 * n)()
     error = ctypes.create_string_buffer(512)
-    quant_types = _libraries()[1].ziggurat_quant_types
+    quant_types = libraries()[1].ziggurat_quant_types
     with captured_log():  # it warns of every tensor whose shape its type does not fit
         status = quant_types(ctypes.byref(desc), ftype, has_imatrix, table, n, types, needs, error, len(error))
     if status != 0:

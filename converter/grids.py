@@ -74,6 +74,11 @@ class Grid:
         return self.block // self.group
 
     @property
+    def line(self) -> bool:
+        """Whether each level is one above that before it."""
+        return self.levels[-1] - self.levels[0] == len(self.levels) - 1
+
+    @property
     def scale_range(self) -> tuple[int, int]:
         """Smallest and largest integer scale (and min) of a group; equal if there is no choice."""
         if self.six_bits is not None:
@@ -153,6 +158,11 @@ def unpack(grid: Grid, packed: UInt8) -> Blocks:
         Parts whose leading shape is [..., blocks].
     """
     raw = packed.reshape(*packed.shape[:-1], -1, grid.nbytes)
+    return Blocks(*unpack_scales(grid, raw), _read(grid.codes, raw))
+
+
+def unpack_scales(grid: Grid, raw: UInt8) -> tuple[Float16, Float16, Int16, Int16]:
+    """All parts but the codes, in the order of `Blocks`, of blocks [..., grid.nbytes]."""
     lead, none = raw.shape[:-1], np.zeros((*raw.shape[:-1], grid.groups), np.int16)
     mins = none
     if grid.six_bits is not None:
@@ -164,7 +174,7 @@ def unpack(grid: Grid, packed: UInt8) -> Blocks:
     else:
         scales, mins = none + np.int16(1), none if grid.dmin is None else none - np.int16(1)
     dmin = np.zeros(lead, np.float16) if grid.dmin is None else _half(raw, grid.dmin)
-    return Blocks(_half(raw, grid.d), dmin, scales, mins, _read(grid.codes, raw))
+    return _half(raw, grid.d), dmin, scales, mins
 
 
 def pack(grid: Grid, blocks: Blocks) -> UInt8:

@@ -78,8 +78,10 @@ def test_loss_on_other_inputs_is_lower(type_id: int, pool: Executor) -> None:
 def test_descent_lowers_the_cost_of_every_row(type_id: int) -> None:
     fit = correlated(2048, 2)
     m, metric = matrix(type_id, fit), metric_of(fit)
-    first = feed_back(m.rows, metric.factor, type_id, m.importance)
-    better = descend(first, m.rows, metric.gram, type_id, 2)
+    parts = feed_back(m.rows, metric.factor, type_id, m.importance)
+    first = parts.packed(GRIDS[type_id])
+    descend(parts, metric.gram, type_id, 2)
+    better = parts.packed(GRIDS[type_id])
     before, after = cost(m, first, metric.gram), cost(m, better, metric.gram)
     assert bool((after <= before * (1 + 1e-5)).all())
     assert float(after.sum()) < 0.99 * float(before.sum())
@@ -97,7 +99,8 @@ def test_with_inputs_that_do_not_correlate_every_value_is_the_nearest() -> None:
     """Then no column can make up for another. (ggml itself rounds with the scale before that becomes a float16.)"""
     ggml.prepare(Q8_0)
     m = dataclasses.replace(matrix(Q8_0, correlated(64, 2)), importance=None)
-    packed, plain = feed_back(m.rows, unit_factor(torch.eye(COLUMNS)), Q8_0, None), quantize_plainly(m)
+    packed = feed_back(m.rows, unit_factor(torch.eye(COLUMNS)), Q8_0, None).packed(GRIDS[Q8_0])
+    plain = quantize_plainly(m)
     errors, theirs = (np.abs(ggml.dequantize_rows(Q8_0, p, COLUMNS) - m.rows.numpy()) for p in (packed, plain))
     assert (errors <= theirs).all()
     assert (packed != plain).mean() < 0.02
@@ -110,7 +113,7 @@ def test_errors_of_a_column_are_made_up_for_by_those_behind_it() -> None:
     gram[0, 1] = gram[1, 0] = 0.999
     rows = torch.full((1, 32), 0.4)
     rows[0, -1] = -8.0  # makes the step 1
-    packed = feed_back(rows, unit_factor(gram), Q4_0, None)
+    packed = feed_back(rows, unit_factor(gram), Q4_0, None).packed(GRIDS[Q4_0])
     values = ggml.dequantize_rows(Q4_0, packed, 32)[0]
     assert values[:2].tolist() == [0.0, 1.0]
     assert values[2:-1].tolist() == [0.0] * 29
