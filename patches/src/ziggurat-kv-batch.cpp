@@ -8,13 +8,29 @@
 #include <algorithm>
 #include <limits>
 
+bool ziggurat_kv_cache::can_go_on(llama_seq_id seq_id, uint32_t n_tokens) {
+    if (!exists(seq_id)) {
+        refusal = format("sequence %d is not one of %u", seq_id, n_seq);
+        return false;
+    }
+    if (reading_of(seq_id) >= 0) {
+        refusal = format("a prompt is being read for sequence %d", seq_id);
+        return false;
+    }
+    // learned position embeddings end somewhere, rotary ones do not
+    const int64_t n_positions = model.pos_embd ? model.pos_embd->ne[1] : std::numeric_limits<llama_pos>::max();
+    if ((int64_t) seqs[seq_id].next + n_tokens > n_positions) {
+        refusal = format("sequence %d has reached the last of the %lld positions that the model knows",
+                seq_id, (long long) n_positions);
+        return false;
+    }
+    return true;
+}
+
 // Counts the tokens of each sequence, in the order in which the sequences appear. False, with the reason, if they do
 // not go on where their sequence ends.
 bool ziggurat_kv_cache::check_positions(
         const llama_batch & batch, std::vector<uint32_t> & n_tokens, std::vector<llama_seq_id> & order) {
-    // learned position embeddings end somewhere, rotary ones do not
-    const int64_t n_positions = model.pos_embd ? model.pos_embd->ne[1] : std::numeric_limits<llama_pos>::max();
-
     n_tokens.assign(n_seq, 0);
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         const llama_seq_id s = batch.seq_id[i][0];
@@ -22,99 +38,96 @@ bool ziggurat_kv_cache::check_positions(
             refusal = "with a KV budget a token belongs to exactly one sequence";
             return false;
         }
-        const int64_t expected = (int64_t) seqs[s].next + n_tokens[s];
-        if (expected >= n_positions) {
-            refusal = format("sequence %d has reached the last of the %lld positions that the model knows", s, (long long) n_positions);
+        if (n_tokens[s]++ == 0) {
+            order.push_back(s);
+        }
+        if (!can_go_on(s, n_tokens[s])) {
             return false;
         }
+        const int64_t expected = (int64_t) seqs[s].next + n_tokens[s] - 1;
         if (batch.pos[i] != expected) {
             refusal = format("sequence %d goes on at position %lld, the batch has %d there", s, (long long) expected, batch.pos[i]);
             return false;
-        }
-        if (n_tokens[s]++ == 0) {
-            order.push_back(s);
         }
     }
     return true;
 }
 
-ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_t n_tokens) {
-    const auto & seq = seqs[seq_id];
-
-    bool     below_budget = true;
-    bool     has_room     = true;
-    bool     frees        = true;
-    uint32_t max_used     = 0;
+bool ziggurat_kv_cache::fits_budget(uint32_t index, uint32_t n_tokens) const {
+    const auto & seq = seqs[index];
     for (uint32_t il = 0; il < layers.size(); ++il) {
-        const uint32_t n = seq.used[il] + n_tokens;
-        below_budget &= n <= seq.budget[il];
-        has_room     &= n <= layers[il].capacity;
-        frees        &= seq.budget[il] + n_tokens <= layers[il].capacity;
-        max_used      = std::max(max_used, seq.used[il]);
-    }
-    if (!evicts) {
-        if (has_room) {
-            return need::in_place;
+        if (seq.used[il] + n_tokens > seq.budget[il]) {
+            return false;
         }
-        refusal = format("%u tokens on the %u of sequence %d exceed its context of %u", n_tokens, max_used, seq_id, n_ctx);
-        return need::refused;
     }
-    if (n_tokens == 1 && has_room) {
-        return need::in_place;
-    }
-    if (n_tokens == 1 && frees) {
-        return need::selection;
-    }
-    if (below_budget) {
-        return need::in_place;
-    }
-    if (params.prefill != ZIGGURAT_KV_PREFILL_CHUNKED && max_used + n_tokens > stage_rows) {
-        refusal = format("a prompt of %u tokens on %u rows that sequence %d holds exceeds the context of %u",
-                n_tokens, max_used, seq_id, stage_rows);
-        return need::refused;
-    }
-    return need::staged;
+    return true;
 }
 
-// The steps of one sequence's prompt: layer after layer and in it ubatch after ubatch, or ubatch after ubatch.
-void ziggurat_kv_cache::add_steps(
-        std::vector<ziggurat_kv_step> & steps, const std::vector<llama_ubatch> & ubatches,
-        const std::vector<size_t> & own, llama_seq_id seq_id) const {
-    const bool chunked = params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED;
+bool ziggurat_kv_cache::has_place(llama_seq_id seq_id, uint32_t n_tokens) {
+    if (fits_budget(seq_id, n_tokens) || (evicts && params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED)) {
+        return true;
+    }
+    const auto &   used     = seqs[seq_id].used;
+    const uint32_t max_used = *std::max_element(used.begin(), used.end());
+    if (evicts && max_used + n_tokens <= stage_rows) {
+        return true;
+    }
+    refusal = evicts ? format("a prompt of %u tokens on %u rows that sequence %d holds exceeds the context of %u",
+                            n_tokens, max_used, seq_id, stage_rows)
+                     : format("%u tokens on the %u of sequence %d exceed its context of %u",
+                            n_tokens, max_used, seq_id, n_ctx);
+    return false;
+}
 
-    const auto add_segment = [&](size_t begin, size_t end) {
-        uint32_t total = 0;
-        for (size_t i = begin; i < end; ++i) {
-            total += ubatches[own[i]].n_tokens;
-        }
-        for (int32_t il = layer_major ? 0 : -1; il < (layer_major ? (int32_t) layers.size() : 0); ++il) {
-            uint32_t offset = 0;
-            for (size_t i = begin; i < end; ++i) {
-                steps.push_back({ own[i], il, true, offset, total, i == begin, i + 1 == end });
-                offset += ubatches[own[i]].n_tokens;
-            }
-        }
-    };
-    if (!chunked) {
-        add_segment(0, own.size());
-        return;
+ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_t n_tokens) {
+    if (evicts && n_tokens == 1) {
+        return need::in_place;
     }
-    auto used = seqs[seq_id].used;
-    for (size_t i = 0; i < own.size(); ++i) {
-        const uint32_t n = ubatches[own[i]].n_tokens;
-        bool fits = true;
+    // a few tokens leave the queries before them in the ring, so that nothing is lost if they fail
+    const bool can_undo = seqs[seq_id].next == 0 || n_tokens <= ZIGGURAT_KV_RING_SPARE || !uses_queries();
+    if (fits_budget(seq_id, n_tokens) && (can_undo || !evicts)) {
+        return need::in_place;
+    }
+    if (!has_place(seq_id, n_tokens)) {
+        return need::refused;
+    }
+    if (std::none_of(readings.begin(), readings.end(), [](const auto & r) { return r.seq_id < 0; })) {
+        refusal = format("%u prompts are being read, as many as there may be at a time", n_reading);
+        return need::refused;
+    }
+    return need::prompt;
+}
+
+// A sequence selects when one of its layers is full, or earlier by as many tokens as it takes for no two sequences to
+// select in the same step, should all of them go on together: the one with the least room first, one in each step.
+// So what a sequence keeps depends on its own tokens alone unless others fill up within a few tokens of it.
+std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(const std::vector<llama_seq_id> & stepping) const {
+    std::vector<std::pair<uint32_t, llama_seq_id>> rooms; // tokens that a sequence has room for
+    for (const auto s : stepping) {
+        uint32_t room  = std::numeric_limits<uint32_t>::max();
+        bool     above = false;
         for (uint32_t il = 0; il < layers.size(); ++il) {
-            fits &= used[il] + n <= seqs[seq_id].budget[il];
+            room   = std::min(room, layers[il].capacity - seqs[s].used[il]);
+            above |= seqs[s].used[il] > seqs[s].budget[il];
         }
-        if (fits) {
-            steps.push_back({ own[i], -1, false, 0, n, true, true });
-        } else {
-            add_segment(i, i + 1);
-        }
-        for (uint32_t il = 0; il < layers.size(); ++il) {
-            used[il] = std::min(used[il] + n, seqs[seq_id].budget[il]);
+        if (above) {
+            rooms.push_back({ room, s });
         }
     }
+    std::sort(rooms.begin(), rooms.end());
+
+    std::vector<llama_seq_id> due;
+    bool crowded = false; // the i-th has its turn i steps from now; if none had it now, it would come too late for one
+    for (uint32_t i = 0; i < rooms.size(); ++i) {
+        crowded |= rooms[i].first <= i;
+        if (rooms[i].first == 0) {
+            due.push_back(rooms[i].second);
+        }
+    }
+    if (crowded && due.empty()) {
+        due.push_back(rooms[0].second);
+    }
+    return due;
 }
 
 llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool) {
@@ -122,26 +135,37 @@ llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & ball
     to_select.clear();
     balloc.split_reset();
 
-    const auto failed = [] { return std::make_unique<ziggurat_kv_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE); };
+    const auto failed = [](llama_memory_status status) { return std::make_unique<ziggurat_kv_context>(status); };
 
+    if (resumed >= 0) {
+        return init_prompt_step(balloc, n_ubatch);
+    }
+    if (selection_failed) {
+        selection_failed = false;
+        return failed(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    }
     std::vector<uint32_t>     n_tokens;
     std::vector<llama_seq_id> order;
     if (!check_positions(balloc.get_batch(), n_tokens, order)) {
-        return failed();
+        return failed(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
     std::vector<need> needs(n_seq, need::in_place);
+    std::vector<llama_seq_id> stepping;
     for (const auto s : order) {
         needs[s] = classify(s, n_tokens[s]);
         if (needs[s] == need::refused) {
-            to_select.clear();
-            return failed();
+            return failed(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
         }
-        if (needs[s] == need::selection) {
-            to_select.push_back(s);
+        if (n_tokens[s] == 1) {
+            stepping.push_back(s);
         }
     }
+    if (evicts) {
+        to_select = due_selections(stepping);
+    }
     if (!to_select.empty()) {
-        return failed(); // llama_context lets the memory update itself, see init_update, and tries again
+        // llama_context lets the memory update itself, see init_update, and tries again
+        return failed(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 
     std::vector<llama_ubatch>     ubatches;
@@ -162,17 +186,29 @@ llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & ball
     };
     // what is written in place is split as upstream's cache of one stream per sequence splits it
     for (const size_t i : split([&](llama_seq_id s) { return needs[s] == need::in_place; })) {
-        steps.push_back({ i, -1, false, 0, ubatches[i].n_tokens, true, true });
+        ziggurat_kv_step step;
+        step.ubatch = i;
+        step.total  = ubatches[i].n_tokens;
+        steps.push_back(step);
     }
     // then one prompt after the other
     for (const auto s : order) {
-        if (needs[s] == need::staged) {
-            add_steps(steps, ubatches, split([&](llama_seq_id other) { return other == s; }), s);
+        if (needs[s] != need::prompt) {
+            continue;
+        }
+        const auto own = split([&](llama_seq_id other) { return other == s; });
+        std::vector<uint32_t> sizes;
+        for (const size_t i : own) {
+            sizes.push_back(ubatches[i].n_tokens);
+        }
+        for (auto & step : prompt_steps(s, sizes)) {
+            step.ubatch = own[step.ubatch];
+            steps.push_back(step);
         }
     }
     if (balloc.get_n_used() < balloc.get_n_tokens()) {
         refusal = "the batch could not be split";
-        return failed();
+        return failed(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
     return std::make_unique<ziggurat_kv_context>(this, std::move(ubatches), std::move(steps));
 }

@@ -26,6 +26,9 @@ static void check_params(const ziggurat_kv_params & params, const llama_hparams 
     if (params.window < 1 || params.window > cparams.n_ctx_seq) {
         fail(format("a window of %u tokens; it has 1 to the context's %u", params.window, cparams.n_ctx_seq));
     }
+    if (params.n_reading < 1) {
+        fail("no prompt may be read at all: n_reading has to be 1 or more");
+    }
     if (params.pool % 2 != 1 || params.pool > 255) {
         fail(format("a pooling width of %u; it is odd and at most 255", params.pool));
     }
@@ -54,7 +57,9 @@ ziggurat_kv_cache::ziggurat_kv_cache(
         const llama_cparams       & cparams,
         const ziggurat_kv_params  & asked) :
     model(model), hparams(model.hparams), params(asked),
-    n_seq(cparams.n_seq_max), n_ctx(GGML_PAD(cparams.n_ctx_seq, ROW_PADDING)), n_ubatch(cparams.n_ubatch),
+    n_seq(cparams.n_seq_max), n_reading(std::min(asked.n_reading, n_seq)),
+    n_ctx(GGML_PAD(cparams.n_ctx_seq, ROW_PADDING)), n_ubatch(cparams.n_ubatch),
+    n_ring(asked.window + ZIGGURAT_KV_RING_SPARE),
     cparams(cparams), type_k(memory_params.type_k), type_v(memory_params.type_v), offload(cparams.offload_kqv) {
     check_params(params, hparams, cparams);
 
@@ -62,8 +67,9 @@ ziggurat_kv_cache::ziggurat_kv_cache(
     params.rows = rows.data();
 
     make_rows();
+    readings.resize(n_reading);
+    seqs.resize(n_seq + n_reading);
     for (uint32_t s = 0; s < n_seq; ++s) {
-        seqs.emplace_back();
         clear_seq(s);
     }
 
@@ -84,9 +90,9 @@ ziggurat_kv_cache::ziggurat_kv_cache(
     }
 
     const auto size = layout();
-    LLAMA_LOG_INFO("%s: rows %.2f MiB, positions %.2f MiB, queries %.2f MiB, stage %.2f MiB (%u rows, %s), hidden %.2f MiB\n",
+    LLAMA_LOG_INFO("%s: rows %.2f MiB, positions %.2f MiB, queries %.2f MiB, copies %.2f MiB, stage %.2f MiB (%u rows, %s), hidden %.2f MiB\n",
             __func__, size.rows_bytes/1048576.0, size.position_bytes/1048576.0, size.query_bytes/1048576.0,
-            size.stage_bytes/1048576.0, stage_rows, layer_major ? "layer by layer" : "lane", size.hidden_bytes/1048576.0);
+            size.copy_bytes/1048576.0, size.stage_bytes/1048576.0, stage_rows, layer_major ? "layer by layer" : "lane", size.hidden_bytes/1048576.0);
 }
 
 void ziggurat_kv_cache::make_rows() {
@@ -94,6 +100,9 @@ void ziggurat_kv_cache::make_rows() {
 
     // rows beyond the context would never be used
     evicts = std::any_of(rows.begin(), rows.end(), [&](uint32_t n) { return n < n_ctx; });
+
+    // where nothing is evicted a prompt is written beside what is there
+    const uint32_t n_planes = n_seq + (evicts ? n_reading : 0);
 
     layers.resize(n_layer);
     for (uint32_t il = 0; il < n_layer; ++il) {
@@ -104,21 +113,23 @@ void ziggurat_kv_cache::make_rows() {
         layer.capacity  = evicts ? GGML_PAD(layer.budget + params.slack, ROW_PADDING) : n_ctx;
         layer.buft      = offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
 
-        ggml_context * ctx = rows_arena.context(layer.buft, 4*n_layer);
+        ggml_context * ctx = rows_arena.context(layer.buft, 5*n_layer);
 
-        layer.k = ggml_new_tensor_3d(ctx, type_k, hparams.n_embd_k_gqa(il), layer.capacity, n_seq);
-        layer.v = ggml_new_tensor_3d(ctx, type_v, hparams.n_embd_v_gqa(il), layer.capacity, n_seq);
+        layer.k = ggml_new_tensor_3d(ctx, type_k, hparams.n_embd_k_gqa(il), layer.capacity, n_planes);
+        layer.v = ggml_new_tensor_3d(ctx, type_v, hparams.n_embd_v_gqa(il), layer.capacity, n_planes);
         ggml_format_name(layer.k, "cache_k_l%u", il);
         ggml_format_name(layer.v, "cache_v_l%u", il);
 
         if (evicts) {
-            layer.positions = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.budget, layer.n_head_kv, n_seq);
+            layer.positions = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.budget, layer.n_head_kv, n_planes);
+            layer.chosen    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.budget, layer.n_head_kv);
             ggml_format_name(layer.positions, "cache_positions_l%u", il);
+            ggml_format_name(layer.chosen,    "cache_chosen_l%u", il);
         }
         if (evicts && uses_queries()) {
             // half precision is what the products with half precision keys round queries to
             const auto type = type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
-            layer.queries = ggml_new_tensor_2d(ctx, type, hparams.n_embd_head_k(il)*layer.n_head, (int64_t) params.window*n_seq);
+            layer.queries = ggml_new_tensor_3d(ctx, type, hparams.n_embd_head_k(il)*layer.n_head, n_ring, n_planes);
             ggml_format_name(layer.queries, "cache_queries_l%u", il);
         }
     }
@@ -179,7 +190,7 @@ void ziggurat_kv_cache::make_stage(bool shared) {
 
     const auto row_size = [&](const ggml_tensor * t) { return ggml_row_size(t->type, t->ne[0]); };
     for (const auto & layer : layers) {
-        const size_t size = (row_size(layer.k) + row_size(layer.v))*stage_rows;
+        const size_t size = (row_size(layer.k) + row_size(layer.v))*stage_rows*n_reading;
         auto & p = pools[layer.buft];
         p.size = shared ? std::max(p.size, size) : p.size + size;
     }
@@ -198,17 +209,19 @@ void ziggurat_kv_cache::make_stage(bool shared) {
             t->type  = like->type;
             t->ne[0] = like->ne[0];
             t->ne[1] = stage_rows;
+            t->ne[2] = n_reading;
             t->nb[0] = like->nb[0];
             t->nb[1] = like->nb[1];
-            t->nb[2] = t->nb[3] = t->nb[1]*stage_rows;
+            t->nb[2] = t->nb[1]*stage_rows;
+            t->nb[3] = t->nb[2]*n_reading;
             t->view_offs = p.used;
-            p.used += t->nb[2];
+            p.used += t->nb[3];
             (key ? layer.stage_k : layer.stage_v) = t;
         }
     }
     if (shared) {
         const uint32_t n_tokens = chunked ? n_ubatch : n_ctx;
-        hidden = ggml_new_tensor_2d(stage_arena.context(layers[0].buft, 0), GGML_TYPE_F32, hparams.n_embd, n_tokens);
+        hidden = ggml_new_tensor_3d(stage_arena.context(layers[0].buft, 0), GGML_TYPE_F32, hparams.n_embd, n_tokens, n_reading);
         ggml_set_name(hidden, "kv_hidden");
     }
     stage_arena.allocate(hparams.no_alloc);
@@ -226,9 +239,17 @@ ziggurat_kv_layout ziggurat_kv_cache::layout() const {
     ziggurat_kv_layout res = {};
     std::map<const ggml_tensor *, size_t> stages;
     for (const auto & layer : layers) {
-        res.rows_bytes     += ggml_nbytes(layer.k) + ggml_nbytes(layer.v);
-        res.position_bytes += layer.positions ? ggml_nbytes(layer.positions) : 0;
-        res.query_bytes    += layer.queries   ? ggml_nbytes(layer.queries)   : 0;
+        const auto add = [&](const ggml_tensor * t, uint64_t & bytes) {
+            if (t != nullptr) {
+                bytes          += t->nb[2]*n_seq;
+                res.copy_bytes += t->nb[2]*(t->ne[2] - n_seq);
+            }
+        };
+        add(layer.k, res.rows_bytes);
+        add(layer.v, res.rows_bytes);
+        add(layer.positions, res.position_bytes);
+        add(layer.queries,   res.query_bytes);
+        res.position_bytes += layer.chosen ? ggml_nbytes(layer.chosen) : 0;
         if (layer.stage_k) {
             stages[layer.stage_k->view_src] = ggml_nbytes(layer.stage_k->view_src);
         }
@@ -259,6 +280,10 @@ uint32_t ziggurat_kv_cache::padded_rows(const ziggurat_kv_layer & layer, uint32_
 }
 
 void ziggurat_kv_cache::clear_seq(llama_seq_id seq_id) {
+    const int32_t reading = reading_of(seq_id);
+    if (reading >= 0) {
+        drop_reading(reading);
+    }
     auto & seq = seqs[seq_id];
     auto budget = std::move(seq.budget); // outlives what it bounds
     seq = {};
@@ -282,16 +307,23 @@ void ziggurat_kv_cache::clear(bool data) {
     refusal.clear();
 }
 
-void ziggurat_kv_cache::append(llama_seq_id seq_id, uint32_t n) {
-    auto & seq = seqs[seq_id];
-    for (auto & used : seq.used) {
+void ziggurat_kv_cache::append(uint32_t index, uint32_t n) {
+    for (auto & used : seqs[index].used) {
         used += n;
     }
-    seq.next += n;
+    advance(index, n);
 }
 
-void ziggurat_kv_cache::note_selection(llama_seq_id seq_id, uint32_t il, uint32_t n_rows, uint32_t target) {
-    auto & seq = seqs[seq_id];
+void ziggurat_kv_cache::advance(uint32_t index, uint32_t n) {
+    auto & seq = seqs[index];
+    seq.next += n;
+    // of more tokens than the window has, only the last were put into the ring
+    const uint32_t held = n > params.window ? params.window : n_ring;
+    seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) held);
+}
+
+void ziggurat_kv_cache::note_selection(uint32_t index, uint32_t il, uint32_t n_rows, uint32_t target) {
+    auto & seq = seqs[index];
     seq.used[il] = target;
     if (target < n_rows) {
         seq.fixed[il] = target;
@@ -316,18 +348,16 @@ bool ziggurat_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
     p0 = std::max(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
 
-    if (seq.reading) {
-        // a prompt broke off in the middle: some layers have selected already
+    if (p0 == 0 && p1 >= seq.next) {
         clear_seq(seq_id);
-        refusal = format("sequence %d was being read and is empty now", seq_id);
         return true;
     }
     if (p0 >= seq.next || p0 >= p1) {
         return true;
     }
-    if (p0 == 0 && p1 >= seq.next) {
-        clear_seq(seq_id);
-        return true;
+    if (reading_of(seq_id) >= 0) {
+        refusal = format("a prompt is being read for sequence %d", seq_id);
+        return false;
     }
     if (p1 < seq.next) {
         refusal = format("positions %d to %d lie in the middle of sequence %d; only its end can be removed", p0, p1 - 1, seq_id);
@@ -343,8 +373,7 @@ bool ziggurat_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
     for (auto & used : seq.used) {
         used -= n;
     }
-    // the ring has lost what the removed tokens overwrote
-    seq.queries_from = std::min(std::max(seq.queries_from, seq.next - (llama_pos) params.window), p0);
+    seq.queries_from = std::min(seq.queries_from, p0);
     seq.next = p0;
     return true;
 }
@@ -391,7 +420,12 @@ llama_pos ziggurat_kv_cache::seq_pos_min(llama_seq_id seq_id) const {
 }
 
 llama_pos ziggurat_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
-    return exists(seq_id) ? seqs[seq_id].next - 1 : -1;
+    if (!exists(seq_id)) {
+        return -1;
+    }
+    const llama_pos last = seqs[seq_id].next - 1;
+    // llama_context asks where the batch has to go on that is a step of this sequence's prompt
+    return resumed >= 0 && readings[resumed].seq_id == seq_id ? last + (llama_pos) step_begin(resumed) : last;
 }
 
 void ziggurat_kv_cache::state_write(llama_io_write_i &, llama_seq_id, llama_state_seq_flags) const {
@@ -418,7 +452,11 @@ std::vector<llama_memory_context_ptr> ziggurat_kv_cache::init_staged() {
     const uint32_t tokens = std::min(n_ubatch, n_ctx);
     const uint32_t total  = params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED ? tokens : stage_rows;
 
-    ziggurat_kv_step step = { 0, -1, true, total - tokens, total, total == tokens, true };
+    ziggurat_kv_step step;
+    step.staged = true;
+    step.offset = total - tokens;
+    step.total  = total;
+    step.first  = total == tokens;
     if (!layer_major) {
         res.push_back(std::make_unique<ziggurat_kv_context>(this, &step));
         return res;
@@ -430,7 +468,8 @@ std::vector<llama_memory_context_ptr> ziggurat_kv_cache::init_staged() {
     return res;
 }
 
-llama_memory_context_ptr ziggurat_kv_cache::init_update(llama_context * lctx, bool optimize) {
+llama_memory_context_ptr ziggurat_kv_cache::init_update(llama_context * ctx, bool optimize) {
+    lctx = ctx;
     if (!optimize || to_select.empty()) {
         return std::make_unique<ziggurat_kv_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
     }

@@ -2,7 +2,8 @@
 
 // The memory class behind a KV budget: what is allocated and which rows are in use. ziggurat-kv-batch.cpp takes a batch
 // apart into steps (ziggurat-kv-context.h), ziggurat-kv-graph.h builds their graphs, which ziggurat-kv-cut.h cuts down to
-// a layer, and ziggurat-kv-select.h moves the rows that ziggurat-kv-score.h finds worth keeping.
+// a layer, and ziggurat-kv-select.h moves the rows that ziggurat-kv-score.h finds worth keeping. ziggurat-kv-prompt.cpp
+// reads a prompt into a copy of its sequence, which takes the sequence's place when all is done.
 
 #include "ziggurat-kv-arena.h"
 #include "ziggurat-kv-topology.h"
@@ -23,6 +24,10 @@ struct llama_model;
 // upstream pads the rows that attention reads to this, and so do we: the same padding, the same results
 static constexpr uint32_t ZIGGURAT_KV_ROW_PADDING = 256;
 
+// tokens that the ring of queries holds beyond the window: so many can be taken back, or fail, and the window is whole
+static constexpr uint32_t ZIGGURAT_KV_RING_SPARE = 16;
+
+// Sequences have planes in the tensors [..., n_planes]: n_seq of their own, and one for each prompt being read.
 struct ziggurat_kv_layer {
     uint32_t n_head    = 0;
     uint32_t n_head_kv = 0;
@@ -31,12 +36,13 @@ struct ziggurat_kv_layer {
 
     ggml_backend_buffer_type_t buft = nullptr;
 
-    ggml_tensor * k         = nullptr; // [n_embd_k_gqa, capacity, n_seq]
-    ggml_tensor * v         = nullptr; // [n_embd_v_gqa, capacity, n_seq], never transposed
-    ggml_tensor * positions = nullptr; // F32 [budget, n_head_kv, n_seq]: of the rows that the last selection left
-    ggml_tensor * queries   = nullptr; // [n_embd_head_k*n_head, window*n_seq]: a ring of each sequence's last queries
-    ggml_tensor * stage_k   = nullptr; // [n_embd_k_gqa, stage_rows]: rows of the prompt being read; layers may share it
-    ggml_tensor * stage_v   = nullptr; // [n_embd_v_gqa, stage_rows]
+    ggml_tensor * k         = nullptr; // [n_embd_k_gqa, capacity, n_planes]
+    ggml_tensor * v         = nullptr; // [n_embd_v_gqa, capacity, n_planes], never transposed
+    ggml_tensor * positions = nullptr; // F32 [budget, n_head_kv, n_planes]: of the rows that the last selection left
+    ggml_tensor * chosen    = nullptr; // F32 [budget, n_head_kv]: the rows that a selection in place is about to keep
+    ggml_tensor * queries   = nullptr; // [n_embd_head_k*n_head, n_ring, n_planes]: a ring of each sequence's last queries
+    ggml_tensor * stage_k   = nullptr; // [n_embd_k_gqa, stage_rows, n_reading]: of prompts being read; layers may share it
+    ggml_tensor * stage_v   = nullptr; // [n_embd_v_gqa, stage_rows, n_reading]
 
     float kq_scale = 0.0f; // as the model's graph uses it
 };
@@ -45,15 +51,37 @@ struct ziggurat_kv_layer {
 // last selection left; the others have consecutive positions that end at next - 1.
 struct ziggurat_kv_sequence {
     llama_pos next         = 0;     // tokens seen
-    llama_pos queries_from = 0;     // the ring holds the queries of positions max(queries_from, next - window) .. next - 1
-    bool      reading      = false; // a prompt is being read through the stage: the layers do not agree
+    llama_pos queries_from = 0;     // the ring holds the queries of positions queries_from .. next - 1
 
     std::vector<uint32_t> used;   // [n_layer]
     std::vector<uint32_t> fixed;  // [n_layer]
     std::vector<uint32_t> budget; // [n_layer]
 };
 
-struct ziggurat_kv_step;
+// One graph to compute.
+struct ziggurat_kv_step {
+    size_t   ubatch = 0;
+    int32_t  layer  = -1;    // the only layer computed; -1: all
+    bool     staged = false; // read through the stage, else written in place
+    bool     copied = false; // of a prompt that is read into a copy of its sequence
+    uint32_t offset = 0;     // tokens of the segment read before this ubatch
+    uint32_t total  = 0;     // tokens of the segment: what is read before rows are selected
+    bool     first  = true;  // ubatch of its segment
+    bool     last   = true;
+    bool     begins = false; // the first step of its prompt
+    bool     ends   = false; // the last
+};
+
+// A prompt that is being read for a sequence; what has been read so far is seqs[n_seq + its index].
+struct ziggurat_kv_reading {
+    llama_seq_id seq_id = -1; // -1: there is none
+    uint32_t     plane  = 0;  // where it is written: the sequence's own if nothing can be lost there
+
+    // of a prompt that is read in calls of its own
+    std::vector<llama_token>      tokens;
+    std::vector<ziggurat_kv_step> steps;
+    size_t                        done = 0; // steps
+};
 
 class ziggurat_kv_cache : public llama_memory_i {
 public:
@@ -95,17 +123,22 @@ public:
     std::vector<uint32_t> rows;   // [n_layer] as asked
 
     const uint32_t n_seq;
-    const uint32_t n_ctx;    // padded
+    const uint32_t n_reading; // prompts that may be read at a time
+    const uint32_t n_ctx;     // padded
     const uint32_t n_ubatch;
+    const uint32_t n_ring;    // queries in a ring
 
     bool     evicts      = false; // whether anything can ever be evicted
     bool     layer_major = false;
     uint32_t stage_rows  = 0;
 
-    std::vector<ziggurat_kv_layer>    layers; // [n_layer]
-    std::vector<ziggurat_kv_sequence> seqs;   // [n_seq]
+    std::vector<ziggurat_kv_layer>    layers;   // [n_layer]
+    std::vector<ziggurat_kv_sequence> seqs;     // [n_seq + n_reading]
+    std::vector<ziggurat_kv_reading>  readings; // [n_reading]
 
-    ggml_tensor * hidden = nullptr; // F32 [n_embd, tokens of a segment]: between the layers of a prompt
+    ggml_tensor * hidden = nullptr; // F32 [n_embd, tokens of a segment, n_reading]: between the layers of a prompt
+
+    llama_context * lctx = nullptr; // the context that this is the memory of, once it has computed anything
 
     // upstream's cache of one row: knows whether and how rows of quantized types are rotated
     std::unique_ptr<llama_kv_cache> rotation;
@@ -116,6 +149,10 @@ public:
 
     std::vector<llama_seq_id> to_select; // sequences that have to select before the batch goes on
 
+    bool selection_failed = false; // the batch that needed it has to fail
+
+    int64_t fail_in = -1; // see ziggurat_kv_test_fail_at
+
     bool uses_queries() const { return params.score == ZIGGURAT_KV_SCORE_SNAPKV; }
     bool exists(llama_seq_id seq_id) const { return seq_id >= 0 && (uint32_t) seq_id < n_seq; }
 
@@ -124,13 +161,35 @@ public:
     // rows that attention reads of a layer which holds n of a sequence
     uint32_t padded_rows(const ziggurat_kv_layer & layer, uint32_t n) const;
 
-    // A layer of the sequence that had n_rows keeps `target` of them.
-    void note_selection(llama_seq_id seq_id, uint32_t il, uint32_t n_rows, uint32_t target);
+    // A layer of seqs[index] that had n_rows keeps `target` of them.
+    void note_selection(uint32_t index, uint32_t il, uint32_t n_rows, uint32_t target);
 
-    // Adds n tokens in place, in all layers.
-    void append(llama_seq_id seq_id, uint32_t n);
+    // Adds n tokens in place, in all layers of seqs[index].
+    void append(uint32_t index, uint32_t n);
 
+    // seqs[index] goes on by n tokens; the ring got the queries of as many as the window has.
+    void advance(uint32_t index, uint32_t n);
+
+    // Forgets a sequence, and the prompt that is being read for it.
     void clear_seq(llama_seq_id seq_id);
+
+    // What seqs[index] holds, from one plane to another. Waits for the computation that is running.
+    void copy_plane(uint32_t index, uint32_t from, uint32_t to);
+
+    // The prompt being read for a sequence, -1 if there is none.
+    int32_t reading_of(llama_seq_id seq_id) const;
+
+    // Takes one of the readings, -1 if none is free, and makes it a copy of the sequence.
+    int32_t begin_reading(llama_seq_id seq_id);
+    void    commit_reading(int32_t reading);
+    void    drop_reading(int32_t reading);
+
+    // The steps in which a prompt is read that comes in ubatches of these sizes. step.ubatch is an index of `sizes`.
+    std::vector<ziggurat_kv_step> prompt_steps(llama_seq_id seq_id, const std::vector<uint32_t> & sizes) const;
+
+    // Reads the tokens in calls of their own: see ziggurat-kv.h, which says what is returned.
+    bool    begin_prompt(llama_seq_id seq_id, const llama_token * tokens, size_t n);
+    int32_t step_prompt(llama_context & ctx, llama_seq_id seq_id, uint32_t max_steps, ziggurat_kv_progress * progress);
 
 private:
     void make_rows();
@@ -138,11 +197,23 @@ private:
     bool can_cut() const;
 
     // what the tokens of one sequence in a batch need
-    enum class need { in_place, staged, selection, refused };
+    enum class need { in_place, prompt, refused };
     need classify(llama_seq_id seq_id, uint32_t n_tokens);
+
+    // whether n more tokens have positions, and places: the reason why not is in `refusal`
+    bool can_go_on(llama_seq_id seq_id, uint32_t n_tokens);
+    bool has_place(llama_seq_id seq_id, uint32_t n_tokens);
+    bool fits_budget(uint32_t index, uint32_t n_tokens) const;
     bool check_positions(const llama_batch & batch, std::vector<uint32_t> & n_tokens, std::vector<llama_seq_id> & order);
-    void add_steps(std::vector<ziggurat_kv_step> & steps, const std::vector<llama_ubatch> & ubatches,
-                   const std::vector<size_t> & own, llama_seq_id seq_id) const;
+
+    // the sequences of a step of single tokens that select before it
+    std::vector<llama_seq_id> due_selections(const std::vector<llama_seq_id> & stepping) const;
+
+    size_t  step_begin(int32_t reading) const; // token of the prompt that its next step begins with
+    int32_t compute_step(llama_context & ctx, int32_t reading);
+    llama_memory_context_ptr init_prompt_step(llama_batch_allocr & balloc, uint32_t n_ubatch);
+
+    int32_t resumed = -1; // the reading that the batch being decoded is a step of
 
     const llama_cparams cparams;
     const ggml_type     type_k;

@@ -1,5 +1,6 @@
 #include "ziggurat-kv-context.h"
 
+#include "ziggurat-kv-fault.h"
 #include "ziggurat-kv-select.h"
 
 #include "llama-context.h"
@@ -10,8 +11,9 @@
 static constexpr uint32_t ROW_PADDING = ZIGGURAT_KV_ROW_PADDING;
 
 ziggurat_kv_context::ziggurat_kv_context(
-        ziggurat_kv_cache * kv, std::vector<llama_ubatch> ubatches, std::vector<ziggurat_kv_step> steps) :
-    kv(kv), what(kind::batch), status(LLAMA_MEMORY_STATUS_SUCCESS), ubatches(std::move(ubatches)), steps(std::move(steps)) {
+        ziggurat_kv_cache * kv, std::vector<llama_ubatch> ubatches, std::vector<ziggurat_kv_step> steps, int32_t reading) :
+    kv(kv), what(kind::batch), status(LLAMA_MEMORY_STATUS_SUCCESS), ubatches(std::move(ubatches)), steps(std::move(steps)),
+    reading(reading) {
 }
 
 ziggurat_kv_context::ziggurat_kv_context(ziggurat_kv_cache * kv, const ziggurat_kv_step * step) :
@@ -25,6 +27,21 @@ ziggurat_kv_context::ziggurat_kv_context(ziggurat_kv_cache * kv, llama_context *
     kv(kv), what(kind::update), status(LLAMA_MEMORY_STATUS_SUCCESS), lctx(lctx), to_select(std::move(seqs)) {
 }
 
+ziggurat_kv_context::~ziggurat_kv_context() {
+    if (what == kind::batch && i_step < steps.size()) {
+        undo();
+    }
+}
+
+void ziggurat_kv_context::undo() {
+    for (auto & [s, seq] : before) {
+        kv->seqs[s] = std::move(seq);
+    }
+    if (reading >= 0) {
+        kv->drop_reading(reading);
+    }
+}
+
 bool ziggurat_kv_context::has_outputs() const {
     return current().layer < 0 || current().layer + 1 == (int32_t) kv->layers.size();
 }
@@ -33,25 +50,37 @@ uint32_t ziggurat_kv_context::n_seqs(const llama_ubatch & ubatch) const {
     return kv->n_seq > 1 ? ubatch.n_seqs : 1;
 }
 
-llama_seq_id ziggurat_kv_context::first_seq(const llama_ubatch & ubatch) const {
-    return what == kind::batch ? ubatch.seq_id[0][0] : 0;
+uint32_t ziggurat_kv_context::first_index(const llama_ubatch & ubatch) const {
+    if (what != kind::batch) {
+        return 0;
+    }
+    return current().copied ? kv->n_seq + reading : ubatch.seq_id[0][0];
+}
+
+uint32_t ziggurat_kv_context::first_plane(const llama_ubatch & ubatch) const {
+    return what == kind::batch && current().copied ? kv->readings[reading].plane : first_index(ubatch);
 }
 
 // Called when a step has been computed: what it changed is true from now on.
 bool ziggurat_kv_context::next() {
-    const auto & step   = current();
-    const auto & ubatch = get_ubatch();
-    if (step.staged) {
-        const llama_seq_id s = first_seq(ubatch);
+    const auto & step  = current();
+    const auto   index = first_index(get_ubatch());
+    if (step.staged && step.last) {
         for (uint32_t il = 0; il < kv->layers.size(); ++il) {
-            if (step.last && (step.layer < 0 || step.layer == (int32_t) il)) {
-                kv->note_selection(s, il, kv->seqs[s].used[il] + step.total, step_plans[il].target);
+            if (step.layer < 0 || step.layer == (int32_t) il) {
+                kv->note_selection(index, il, kv->seqs[index].used[il] + step.total, step_plans[il].target);
             }
         }
-        if (step.last && has_outputs()) {
-            kv->seqs[s].next   += step.total;
-            kv->seqs[s].reading = false;
+        if (has_outputs()) {
+            kv->advance(index, step.total);
         }
+    }
+    if (step.copied) {
+        kv->readings[reading].done++;
+    }
+    if (step.ends) {
+        kv->commit_reading(reading);
+        reading = -1;
     }
     return ++i_step < steps.size();
 }
@@ -63,20 +92,28 @@ bool ziggurat_kv_context::apply() {
     if (what != kind::batch) {
         return true;
     }
+    const auto & step   = current();
     const auto & ubatch = get_ubatch();
-    const auto   first  = first_seq(ubatch);
-
+    if (step.begins && reading < 0) {
+        reading = kv->begin_reading(ubatch.seq_id[0][0]);
+        if (reading < 0) {
+            return false;
+        }
+    }
     const uint32_t n_new = ubatch.n_tokens/n_seqs(ubatch);
+    const uint32_t first = first_index(ubatch);
 
-    if (current().staged) {
+    if (step.staged) {
         step_plans = plans_staged(n_new, [&](uint32_t il) { return kv->seqs[first].used[il]; });
-        kv->seqs[first].reading = true;
         return true;
     }
     step_plans = plans_in_place(first, n_seqs(ubatch), n_new);
-    // the rows count from now on: if the step fails, llama_context removes them again
-    for (uint32_t s = 0; s < n_seqs(ubatch); ++s) {
-        kv->append(first + s, n_new);
+    // the rows count from now on, and no longer if the step fails
+    for (uint32_t s = first; s < first + n_seqs(ubatch); ++s) {
+        if (!step.copied) {
+            before.emplace(s, kv->seqs[s]);
+        }
+        kv->append(s, n_new);
     }
     return true;
 }
@@ -90,7 +127,7 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans(const llama_ubatch & ub
                             : plans_largest(n_seqs(ubatch), n_new);
 }
 
-std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_in_place(llama_seq_id first, uint32_t n_seqs, uint32_t n_new) const {
+std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_in_place(uint32_t first, uint32_t n_seqs, uint32_t n_new) const {
     std::vector<ziggurat_kv_plan> res(kv->layers.size());
     for (uint32_t il = 0; il < res.size(); ++il) {
         for (uint32_t s = first; s < first + n_seqs; ++s) {
@@ -151,15 +188,16 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_largest(uint32_t n_seqs
 }
 
 uint32_t ziggurat_kv_context::budget(uint32_t il) const {
-    return what == kind::batch ? kv->seqs[first_seq(get_ubatch())].budget[il] : kv->layers[il].budget;
+    return what == kind::batch ? kv->seqs[first_index(get_ubatch())].budget[il] : kv->layers[il].budget;
 }
 
 // Selects in place, sequence by sequence: what a decode step needs that finds a layer full.
 bool ziggurat_kv_context::select() {
+    // both graphs are short, and what they make room for can be aborted
+    const ziggurat_kv_uninterrupted guard(*lctx);
     for (const auto s : to_select) {
         if (!select(s)) {
-            kv->clear_seq(s);
-            kv->refusal = format("selecting the rows of sequence %d failed or was aborted; it is empty now", s);
+            kv->selection_failed = true;
             return false;
         }
     }
@@ -167,13 +205,31 @@ bool ziggurat_kv_context::select() {
 }
 
 bool ziggurat_kv_context::select(llama_seq_id seq_id) {
+    // Rows are moved when all layers have chosen theirs: whatever can fail comes before the first row changes place.
+    if (!select(seq_id, false) || !select(seq_id, true)) {
+        kv->refusal = format("selecting the rows of sequence %d failed", seq_id);
+        return false;
+    }
     auto & seq = kv->seqs[seq_id];
+    for (uint32_t il = 0; il < kv->layers.size(); ++il) {
+        if (seq.used[il] > seq.budget[il]) {
+            kv->note_selection(seq_id, il, seq.used[il], seq.budget[il]);
+        }
+    }
+    return true;
+}
+
+bool ziggurat_kv_context::select(llama_seq_id seq_id, bool move) {
+    const auto & seq = kv->seqs[seq_id];
 
     auto * sched = lctx->get_sched();
     auto * res   = lctx->get_gf_res_reserve();
 
     ggml_backend_sched_reset(sched);
     res->reset();
+
+    auto * ctx = res->get_ctx();
+    auto * gf  = res->get_gf();
 
     for (uint32_t il = 0; il < kv->layers.size(); ++il) {
         const auto & layer = kv->layers[il];
@@ -182,32 +238,31 @@ bool ziggurat_kv_context::select(llama_seq_id seq_id) {
         }
         ziggurat_kv_selection sel;
         sel.il       = il;
-        sel.seq_id   = seq_id;
+        sel.plane    = seq_id;
         sel.n        = seq.used[il];
         sel.fixed    = seq.fixed[il];
         sel.target   = seq.budget[il];
         sel.last     = seq.next - 1;
+        sel.queries_from = seq.queries_from;
         sel.k        = layer.k;
         sel.v        = layer.v;
         sel.k_offset = seq_id*layer.k->nb[2];
         sel.v_offset = seq_id*layer.v->nb[2];
-        ziggurat_kv_build_selection(res->get_ctx(), res->get_gf(), res, *kv, sel);
+
+        ggml_tensor * chosen = ggml_view_2d(ctx, layer.chosen, sel.target, layer.n_head_kv, layer.chosen->nb[1], 0);
+        if (move) {
+            ziggurat_kv_build_move(ctx, gf, *kv, sel, chosen);
+        } else {
+            ggml_build_forward_expand(gf, ggml_cpy(ctx, ziggurat_kv_build_choice(ctx, gf, res, *kv, sel), chosen));
+        }
     }
-    if (ggml_graph_n_nodes(res->get_gf()) == 0) {
+    if (ggml_graph_n_nodes(gf) == 0) {
         return true;
     }
-    kv->topology.tell_apart(res->get_ctx(), res->get_gf(), kv->layers[0].k);
-    if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
+    kv->topology.tell_apart(ctx, gf, kv->layers[0].k);
+    if (ziggurat_kv_fails(kv) || !ggml_backend_sched_alloc_graph(sched, gf)) {
         return false;
     }
     res->set_inputs(nullptr);
-    if (lctx->graph_compute(res->get_gf(), true) != GGML_STATUS_SUCCESS) {
-        return false;
-    }
-    for (uint32_t il = 0; il < kv->layers.size(); ++il) {
-        if (seq.used[il] > seq.budget[il]) {
-            kv->note_selection(seq_id, il, seq.used[il], seq.budget[il]);
-        }
-    }
-    return true;
+    return lctx->graph_compute(gf, true) == GGML_STATUS_SUCCESS;
 }

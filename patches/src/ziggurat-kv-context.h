@@ -8,18 +8,8 @@
 #include "llama-memory.h"
 
 #include <functional>
+#include <map>
 #include <vector>
-
-// One graph to compute.
-struct ziggurat_kv_step {
-    size_t   ubatch = 0;
-    int32_t  layer  = -1;    // the only layer computed; -1: all
-    bool     staged = false; // read through the stage, else written in place
-    uint32_t offset = 0;     // tokens of the segment read before this ubatch
-    uint32_t total  = 0;     // tokens of the segment: what is read before rows are selected
-    bool     first  = true;  // ubatch of its segment
-    bool     last   = true;
-};
 
 // How a layer takes part in a step.
 struct ziggurat_kv_plan {
@@ -37,14 +27,19 @@ public:
 
     explicit ziggurat_kv_context(llama_memory_status status) : what(kind::status), status(status) {}
 
-    // a batch
-    ziggurat_kv_context(ziggurat_kv_cache * kv, std::vector<llama_ubatch> ubatches, std::vector<ziggurat_kv_step> steps);
+    // a batch, or a step of the prompt of a reading
+    ziggurat_kv_context(
+            ziggurat_kv_cache * kv, std::vector<llama_ubatch> ubatches, std::vector<ziggurat_kv_step> steps,
+            int32_t reading = -1);
 
     // the largest graph: in place, or of a step that is read through the stage
     ziggurat_kv_context(ziggurat_kv_cache * kv, const ziggurat_kv_step * step);
 
     // selections without tokens
     ziggurat_kv_context(ziggurat_kv_cache * kv, llama_context * lctx, std::vector<llama_seq_id> seqs);
+
+    // What was not computed to its end did not happen: the sequences concerned are as they were.
+    ~ziggurat_kv_context() override;
 
     bool next()  override;
     bool apply() override;
@@ -58,21 +53,28 @@ public:
     // plans of all layers for the current step; a reserved graph's depend on its ubatch
     std::vector<ziggurat_kv_plan> plans(const llama_ubatch & ubatch) const;
 
-    // consecutive sequences of a ubatch
-    uint32_t     n_seqs(const llama_ubatch & ubatch) const;
-    llama_seq_id first_seq(const llama_ubatch & ubatch) const;
+    // consecutive sequences of a ubatch: how many, the first one's index in seqs and its plane
+    uint32_t n_seqs(const llama_ubatch & ubatch) const;
+    uint32_t first_index(const llama_ubatch & ubatch) const;
+    uint32_t first_plane(const llama_ubatch & ubatch) const;
+
+    // which stage and hidden states are used
+    uint32_t stage() const { return reading < 0 ? 0 : reading; }
 
     ziggurat_kv_cache * kv = nullptr;
 
 private:
-    std::vector<ziggurat_kv_plan> plans_in_place(llama_seq_id first, uint32_t n_seqs, uint32_t n_new) const;
+    std::vector<ziggurat_kv_plan> plans_in_place(uint32_t first, uint32_t n_seqs, uint32_t n_new) const;
     std::vector<ziggurat_kv_plan> plans_staged(uint32_t n_new, const std::function<uint32_t(uint32_t)> & held) const;
     std::vector<ziggurat_kv_plan> plans_largest(uint32_t n_seqs, uint32_t n_new) const;
 
     uint32_t budget(uint32_t il) const;
 
+    void undo();
+
     bool select();
     bool select(llama_seq_id seq_id);
+    bool select(llama_seq_id seq_id, bool move);
 
     kind what;
     llama_memory_status status;
@@ -82,6 +84,9 @@ private:
     size_t i_step = 0;
 
     std::vector<ziggurat_kv_plan> step_plans; // of the step that was applied
+
+    int32_t reading = -1; // of the prompt that the current step belongs to
+    std::map<llama_seq_id, ziggurat_kv_sequence> before; // of the sequences that were written in place
 
     llama_context * lctx = nullptr;
     std::vector<llama_seq_id> to_select;

@@ -138,7 +138,8 @@ static void cut(const ziggurat_kv_context * mctx, const llm_graph_params & param
 
     ggml_tensor  * hidden = mctx->kv->hidden;
     ggml_tensor  * place  = hidden == nullptr ? nullptr : ggml_view_2d(ctx, hidden,
-            hidden->ne[0], params.ubatch.n_tokens, hidden->nb[1], mctx->current().offset*hidden->nb[1]);
+            hidden->ne[0], params.ubatch.n_tokens, hidden->nb[1],
+            mctx->stage()*hidden->nb[2] + mctx->current().offset*hidden->nb[1]);
     if (in != nullptr) {
         become_view(in, place);
     }

@@ -51,7 +51,9 @@ ziggurat_kv_input::ziggurat_kv_input(
     n_tokens     = ubatch.n_tokens;
     n_seqs       = mctx->n_seqs(ubatch);
     n_seq_tokens = n_tokens/n_seqs;
-    first        = mctx->first_seq(ubatch);
+    first_plane  = mctx->first_plane(ubatch);
+    first_index  = mctx->first_index(ubatch);
+    stage        = mctx->stage();
     effects.resize(n_layer);
 
     const auto mask_type = cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32;
@@ -111,7 +113,8 @@ void ziggurat_kv_input::set_input(const llama_ubatch * ubatch) {
     for (int64_t column = 0; column < row_idxs->ne[1]; ++column) {
         const uint32_t il = step.layer < 0 ? column : step.layer;
         for (uint32_t s = 0; s < n_seqs; ++s, idx += n_seq_tokens) {
-            const int64_t place = step.staged ? 0 : (int64_t) (first + s)*kv.layers[il].capacity;
+            const int64_t place = step.staged ? (int64_t) stage*kv.stage_rows
+                                              : (int64_t) (first_plane + s)*kv.layers[il].capacity;
             std::iota(idx, idx + n_seq_tokens, place + plans[il].past[s]);
         }
     }
@@ -119,12 +122,11 @@ void ziggurat_kv_input::set_input(const llama_ubatch * ubatch) {
     if (query_idxs) {
         GGML_ASSERT(ggml_backend_buffer_is_host(query_idxs->buffer));
         int64_t * ring = (int64_t *) query_idxs->data;
-        const int64_t window = kv.params.window;
         for (uint32_t s = 0; s < n_seqs; ++s) {
             // a ubatch that ends before its segment does holds the first of the window's tokens last
             const llama_pos * pos = ubatch->pos + (s + 1)*n_seq_tokens - n_window;
             for (uint32_t i = 0; i < n_window; ++i) {
-                *ring++ = (first + s)*window + pos[i] % window;
+                *ring++ = (first_plane + s)*kv.n_ring + pos[i] % kv.n_ring;
             }
         }
     }
@@ -150,7 +152,7 @@ bool ziggurat_kv_input::can_reuse(const llm_graph_params & params) {
     if (mctx == nullptr || step.staged || mctx->current().staged) {
         return false; // a prompt's graphs differ in layer, chunk or number of rows
     }
-    if (params.ubatch.n_tokens != n_tokens || mctx->n_seqs(params.ubatch) != n_seqs || mctx->first_seq(params.ubatch) != first) {
+    if (params.ubatch.n_tokens != n_tokens || mctx->n_seqs(params.ubatch) != n_seqs || mctx->first_plane(params.ubatch) != first_plane) {
         return false;
     }
     auto now = mctx->plans(params.ubatch);
@@ -183,18 +185,21 @@ void ziggurat_kv_input::store(
     ggml_tensor * k_rows = step.staged ? layer.stage_k : layer.k;
     ggml_tensor * v_rows = step.staged ? layer.stage_v : layer.v;
 
+    // of the first row that is attended to
+    const auto offset = [&](const ggml_tensor * rows) {
+        return step.staged ? stage*rows->nb[2] + plan.shift*rows->nb[1] : first_plane*rows->nb[2];
+    };
+
     if (plan.n_copy > 0) {
-        effects[il].push_back(copy_rows(ctx, layer.k, first*layer.k->nb[2], k_rows, plan.shift*k_rows->nb[1], plan.n_copy));
-        effects[il].push_back(copy_rows(ctx, layer.v, first*layer.v->nb[2], v_rows, plan.shift*v_rows->nb[1], plan.n_copy));
+        effects[il].push_back(copy_rows(ctx, layer.k, first_plane*layer.k->nb[2], k_rows, offset(k_rows), plan.n_copy));
+        effects[il].push_back(copy_rows(ctx, layer.v, first_plane*layer.v->nb[2], v_rows, offset(v_rows), plan.n_copy));
     }
 
     ggml_tensor * idxs = ggml_view_1d(ctx, row_idxs, n_tokens, (step.layer < 0 ? il : 0)*row_idxs->nb[1]);
     const auto put = [&](ggml_tensor * rows, ggml_tensor * cur) {
         GGML_ASSERT(ggml_row_size(cur->type, cur->ne[0]) == cur->nb[1]); // heads of a token lie side by side
         cur = ggml_view_2d(ctx, cur, cur->ne[0]*cur->ne[1], n_tokens, cur->nb[2], 0);
-        if (rows->ne[2] > 1) {
-            rows = ggml_reshape_2d(ctx, rows, rows->ne[0], rows->ne[1]*rows->ne[2]); // sequence after sequence
-        }
+        rows = ggml_reshape_2d(ctx, rows, rows->ne[0], rows->ne[1]*rows->ne[2]); // plane after plane
         effects[il].push_back(ggml_set_rows(ctx, rows, cur, idxs));
     };
     put(k_rows, k_cur);
@@ -204,9 +209,8 @@ void ziggurat_kv_input::store(
     }
 
     const auto get = [&](ggml_tensor * rows, int64_t d) {
-        const size_t offset = step.staged ? plan.shift*rows->nb[1] : first*rows->nb[2];
         ggml_tensor * view = ggml_view_4d(ctx, rows, d, layer.n_head_kv, plan.n_kv - plan.shift, n_seqs,
-                ggml_row_size(rows->type, d), rows->nb[1], rows->nb[2], offset);
+                ggml_row_size(rows->type, d), rows->nb[1], rows->nb[2], offset(rows));
         attended[view] = il;
         return view;
     };
@@ -227,7 +231,8 @@ void ziggurat_kv_input::keep_queries(ggml_context * ctx, ggml_cgraph * gf, ggml_
     } else if (n_window < n_tokens && n_seqs == 1) {
         q = ggml_view_2d(ctx, q, q->ne[0], n_window, q->nb[1], (n_tokens - n_window)*q->nb[1]);
     }
-    effects[il].push_back(ggml_set_rows(ctx, layer.queries, q, query_idxs));
+    ggml_tensor * rings = ggml_reshape_2d(ctx, layer.queries, q->ne[0], layer.queries->ne[1]*layer.queries->ne[2]);
+    effects[il].push_back(ggml_set_rows(ctx, rings, q, query_idxs));
     ggml_build_forward_expand(gf, effects[il].back());
 }
 
@@ -250,13 +255,14 @@ void ziggurat_kv_input::finish(
         return;
     }
     const uint32_t n     = plan.past[0] - plan.shift + n_tokens; // rows of this layer
-    const size_t   shift = plan.shift;
     const uint32_t held  = n - step.total; // before the segment
+
+    const auto begin = [&](const ggml_tensor * rows) { return stage*rows->nb[2] + plan.shift*rows->nb[1]; };
 
     if (plan.target == n) { // nothing has to go
         const auto keep = [&](ggml_tensor * from, ggml_tensor * to) {
-            effects[il].push_back(copy_rows(ctx, from, (shift + held)*from->nb[1],
-                        to, first*to->nb[2] + held*to->nb[1], step.total));
+            effects[il].push_back(copy_rows(ctx, from, begin(from) + held*from->nb[1],
+                        to, first_plane*to->nb[2] + held*to->nb[1], step.total));
             ggml_build_forward_expand(gf, effects[il].back());
         };
         keep(layer.stage_k, layer.k);
@@ -266,16 +272,17 @@ void ziggurat_kv_input::finish(
 
     ziggurat_kv_selection sel;
     sel.il       = il;
-    sel.seq_id   = first;
+    sel.plane    = first_plane;
     sel.n        = n;
-    sel.fixed    = kv.seqs[first].fixed[il];
+    sel.fixed    = kv.seqs[first_index].fixed[il];
     sel.target   = plan.target;
-    sel.last     = kv.seqs[first].next + step.total - 1;
+    sel.last     = kv.seqs[first_index].next + step.total - 1;
+    sel.queries_from = kv.seqs[first_index].queries_from;
     sel.k        = layer.stage_k;
     sel.v        = layer.stage_v;
-    sel.k_offset = shift*layer.stage_k->nb[1];
-    sel.v_offset = shift*layer.stage_v->nb[1];
-    const auto writes = ziggurat_kv_build_selection(ctx, gf, res, kv, sel);
+    sel.k_offset = begin(layer.stage_k);
+    sel.v_offset = begin(layer.stage_v);
+    const auto writes = ziggurat_kv_build_move(ctx, gf, kv, sel, ziggurat_kv_build_choice(ctx, gf, res, kv, sel));
     effects[il].insert(effects[il].end(), writes.begin(), writes.end());
 }
 

@@ -65,7 +65,9 @@ private:
     uint32_t     n_seq_tokens = 0;
     uint32_t     n_seqs       = 1;
     uint32_t     n_window     = 0; // tokens of the ubatch, per sequence, that are in the observation window
-    llama_seq_id first        = 0; // sequence
+    uint32_t     first_plane  = 0; // of the sequences
+    uint32_t     first_index  = 0; // in the cache's seqs
+    uint32_t     stage        = 0; // where a prompt is read
 };
 
 // The input of a graph whose memory has a budget, nullptr for upstream's memory.

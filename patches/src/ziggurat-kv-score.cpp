@@ -10,12 +10,17 @@
 
 namespace {
 
-// The observation window's queries as the ring holds them: which rows each of them sees, and what it weighs.
+// The queries of the observation window, in the order of their positions: where in the ring they are, which rows each
+// of them sees, and what it weighs.
 class window_input : public llm_graph_input_i {
 public:
-    window_input(ggml_context * ctx, uint32_t n, uint32_t window, uint32_t n_group, llama_pos last, llama_pos queries_from) :
-        last(last), queries_from(queries_from) {
-        mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n, window);
+    window_input(ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel, uint32_t n_group) :
+        ring(kv.n_ring), plane(sel.plane), last(sel.last), queries_from(sel.queries_from) {
+        const uint32_t window = kv.params.window;
+        slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, window);
+        ggml_set_input(slots);
+        ggml_set_name(slots, "kv_window_slots");
+        mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, sel.n, window);
         ggml_set_input(mask);
         ggml_set_name(mask, "kv_window_mask");
         weights = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, window*n_group);
@@ -28,33 +33,33 @@ public:
         const int64_t window = mask->ne[1];
         const int64_t group  = weights->ne[1]/window;
 
+        std::vector<int32_t>     places(window);
         std::vector<ggml_fp16_t> rows(n*window);
         std::vector<float>       shares(window*group, 0.0f);
-        std::vector<int64_t>     valid;
 
-        for (int64_t r = 0; r < window; ++r) {
-            // the latest position p with p % window == r; the rows of the window are consecutive
-            const int64_t age = (((int64_t) last - r) % window + window) % window;
-            const int64_t see = std::clamp<int64_t>(n - age, 1, n);
-            std::fill(rows.begin() + r*n,       rows.begin() + r*n + see, ggml_fp32_to_fp16(0.0f));
-            std::fill(rows.begin() + r*n + see, rows.begin() + (r + 1)*n, ggml_fp32_to_fp16(-INFINITY));
-            if (last - age >= queries_from) {
-                valid.push_back(r);
+        const int64_t n_valid = std::min<int64_t>(window, last + 1 - queries_from);
+        for (int64_t i = 0; i < window; ++i) {
+            const int64_t age = window - 1 - i;
+            const int64_t see = std::clamp<int64_t>(n - age, 1, n); // the rows of the window are consecutive
+            std::fill(rows.begin() + i*n,       rows.begin() + i*n + see, ggml_fp32_to_fp16(0.0f));
+            std::fill(rows.begin() + i*n + see, rows.begin() + (i + 1)*n, ggml_fp32_to_fp16(-INFINITY));
+            places[i] = plane*ring + std::max<int64_t>(last - age, 0) % ring;
+            for (int64_t g = 0; g < group && age < n_valid; ++g) {
+                shares[g*window + i] = 1.0f/(n_valid*group);
             }
         }
-        for (const int64_t r : valid) {
-            for (int64_t g = 0; g < group; ++g) {
-                shares[g*window + r] = 1.0f/(valid.size()*group);
-            }
-        }
+        ggml_backend_tensor_set(slots,   places.data(), 0, ggml_nbytes(slots));
         ggml_backend_tensor_set(mask,    rows.data(),   0, ggml_nbytes(mask));
         ggml_backend_tensor_set(weights, shares.data(), 0, ggml_nbytes(weights));
     }
 
+    ggml_tensor * slots   = nullptr; // I32 [window]
     ggml_tensor * mask    = nullptr; // F16 [n, window]
     ggml_tensor * weights = nullptr; // F32 [1, window*n_group]
 
 private:
+    const uint32_t  ring;
+    const uint32_t  plane;
     const llama_pos last;
     const llama_pos queries_from;
 };
@@ -90,6 +95,11 @@ private:
     const uint64_t key;
 };
 
+// [width, rows, n_planes] as [width, rows of all planes]
+ggml_tensor * all_planes(ggml_context * ctx, ggml_tensor * t) {
+    return ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]);
+}
+
 ggml_tensor * pooled(ggml_context * ctx, ggml_tensor * scores, const ziggurat_kv_params & params) {
     if (params.pool <= 1) {
         return scores;
@@ -113,14 +123,11 @@ ggml_tensor * snapkv(
     const int64_t group  = layer.n_head/layer.n_head_kv;
     const int64_t d      = layer.queries->ne[0]/layer.n_head;
 
-    auto * input = (window_input *) res->add_input(std::make_unique<window_input>(
-            ctx, sel.n, window, group, sel.last, kv.seqs[sel.seq_id].queries_from));
+    auto * input = (window_input *) res->add_input(std::make_unique<window_input>(ctx, kv, sel, group));
 
-    ggml_tensor * queries = ggml_view_3d(ctx, layer.queries, d, layer.n_head, window,
-            ggml_row_size(layer.queries->type, d), layer.queries->nb[1], sel.seq_id*window*layer.queries->nb[1]);
-    if (queries->type != GGML_TYPE_F32) {
-        queries = ggml_cast(ctx, queries, GGML_TYPE_F32);
-    }
+    // in F32, whatever the ring has
+    ggml_tensor * queries = ggml_get_rows(ctx, all_planes(ctx, layer.queries), input->slots);
+    queries = ggml_reshape_3d(ctx, queries, d, layer.n_head, window);
     const size_t head_size = ggml_row_size(sel.k->type, d);
 
     ggml_tensor * scores = nullptr;

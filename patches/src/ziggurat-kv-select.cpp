@@ -42,8 +42,10 @@ ggml_tensor * joined(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b) {
     return a == nullptr ? b : ggml_concat(ctx, a, b, 0);
 }
 
-// The rows that stay, ascending: sinks, chosen ones, window. F32 [target, n_head_kv].
-ggml_tensor * chosen_rows(
+} // namespace
+
+// Sinks, the best ones, window.
+ggml_tensor * ziggurat_kv_build_choice(
         ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
     const int64_t n_head_kv = kv.layers[sel.il].n_head_kv;
     const int64_t sinks     = kv.params.sinks;
@@ -66,15 +68,12 @@ ggml_tensor * chosen_rows(
     return joined(ctx, joined(ctx, rows, top), consecutive(ctx, sel.n - window, window, n_head_kv));
 }
 
-} // namespace
-
-std::vector<ggml_tensor *> ziggurat_kv_build_selection(
-        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+std::vector<ggml_tensor *> ziggurat_kv_build_move(
+        ggml_context * ctx, ggml_cgraph * gf, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel, ggml_tensor * rows) {
     auto & layer = kv.layers[sel.il];
 
     const int64_t n_head_kv = layer.n_head_kv;
 
-    ggml_tensor * rows = chosen_rows(ctx, gf, res, kv, sel);
     ggml_tensor * idxs = ggml_cast(ctx, rows, GGML_TYPE_I32);
     ggml_tensor * to   = ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) sel.target, 1.0f), GGML_TYPE_I32);
 
@@ -85,11 +84,11 @@ std::vector<ggml_tensor *> ziggurat_kv_build_selection(
     ggml_build_forward_expand(gf, v);
 
     ggml_tensor * place = ggml_view_2d(ctx, layer.positions,
-            sel.target, n_head_kv, layer.positions->nb[1], sel.seq_id*layer.positions->nb[2]);
+            sel.target, n_head_kv, layer.positions->nb[1], sel.plane*layer.positions->nb[2]);
     ggml_tensor * positions = rows;
     if (sel.fixed > 0) {
         ggml_tensor * before = ggml_view_2d(ctx, layer.positions,
-                sel.fixed, n_head_kv, layer.positions->nb[1], sel.seq_id*layer.positions->nb[2]);
+                sel.fixed, n_head_kv, layer.positions->nb[1], sel.plane*layer.positions->nb[2]);
         const int64_t n_new = sel.n - sel.fixed;
         positions = ggml_cont(ctx, before);
         if (n_new > 0) {
@@ -100,9 +99,9 @@ std::vector<ggml_tensor *> ziggurat_kv_build_selection(
     }
     std::vector<ggml_tensor *> effects;
     effects.push_back(ggml_set_rows(ctx,
-                rows_by_head(ctx, layer.k, sel.seq_id*layer.k->nb[2], layer.capacity, n_head_kv), k, to));
+                rows_by_head(ctx, layer.k, sel.plane*layer.k->nb[2], layer.capacity, n_head_kv), k, to));
     effects.push_back(ggml_set_rows(ctx,
-                rows_by_head(ctx, layer.v, sel.seq_id*layer.v->nb[2], layer.capacity, n_head_kv), v, to));
+                rows_by_head(ctx, layer.v, sel.plane*layer.v->nb[2], layer.capacity, n_head_kv), v, to));
     effects.push_back(ggml_cpy(ctx, positions, place));
     for (auto * node : effects) {
         ggml_build_forward_expand(gf, node);

@@ -158,6 +158,10 @@ int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id) {
         return -1;
     }
     kv->refusal.clear();
+    if (kv->reading_of(seq_id) >= 0) {
+        kv->refusal = format("a prompt is being read for sequence %d", seq_id);
+        return -1;
+    }
     const auto & seq = kv->seqs[seq_id];
 
     int32_t n_layers = 0;
@@ -178,8 +182,38 @@ int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id) {
         kv->to_select = { seq_id };
         ctx->memory_update(true);
     } catch (const std::exception & e) {
-        kv->clear_seq(seq_id);
         kv->refusal = e.what();
     }
+    kv->selection_failed = false;
     return kv->refusal.empty() ? n_layers : -2;
+}
+
+int32_t ziggurat_kv_prompt_begin(struct llama_context * ctx, int32_t seq_id, const int32_t * tokens, size_t n) {
+    auto * kv = cache_of(ctx);
+    return kv != nullptr && kv->begin_prompt(seq_id, tokens, n) ? 0 : -1;
+}
+
+int32_t ziggurat_kv_prompt_step(
+        struct llama_context * ctx, int32_t seq_id, uint32_t max_steps, struct ziggurat_kv_progress * progress) {
+    auto * kv = cache_of(ctx);
+    return kv == nullptr ? -1 : kv->step_prompt(*ctx, seq_id, max_steps, progress);
+}
+
+int32_t ziggurat_kv_prompt_cancel(struct llama_context * ctx, int32_t seq_id) {
+    auto * kv = cache_of(ctx);
+    const int32_t reading = kv == nullptr || seq_id < 0 ? -1 : kv->reading_of(seq_id);
+    if (reading < 0) {
+        return -1;
+    }
+    kv->drop_reading(reading);
+    return 0;
+}
+
+int32_t ziggurat_kv_test_fail_at(struct llama_context * ctx, int64_t n) {
+    auto * kv = cache_of(ctx);
+    if (kv == nullptr) {
+        return -1;
+    }
+    kv->fail_in = n;
+    return 0;
 }

@@ -49,6 +49,7 @@ struct ziggurat_kv_params {
     int32_t          score;
     int32_t          prefill;
     uint32_t         seed;
+    uint32_t         n_reading; // prompts that may be read at a time; each takes a stage and a copy of a sequence
 };
 
 // What a context with a budget has allocated. Bytes are of all sequences together.
@@ -56,9 +57,10 @@ struct ziggurat_kv_layout {
     uint64_t rows_bytes;     // K and V rows of the sequences
     uint64_t position_bytes; // positions of the selected rows
     uint64_t query_bytes;    // queries of each sequence's last `window` tokens
-    uint64_t stage_bytes;    // K and V rows of the prompt being read: of one layer, or of all (the lane)
-    uint64_t hidden_bytes;   // hidden states of the prompt being read
-    uint32_t stage_rows;
+    uint64_t copy_bytes;     // the same three again, of the sequences that prompts are being read for
+    uint64_t stage_bytes;    // K and V rows of the prompts being read: of one layer, or of all (the lane)
+    uint64_t hidden_bytes;   // hidden states of the prompts being read
+    uint32_t stage_rows;     // of one prompt
     uint32_t layer_major;    // 1: prompts are read layer by layer; 0: in the lane
 };
 
@@ -93,8 +95,38 @@ ZIGGURAT_API int32_t ziggurat_kv_set_budget(
         struct llama_context * ctx, int32_t seq_id, const uint32_t * rows, size_t n);
 
 // Select now: every layer of the sequence that holds more than its budget is brought down to it. Returns the number of
-// layers that were, -2 if the computation failed (the sequence is then empty).
+// layers that were, -2 if the computation failed (the sequence is then as before).
 ZIGGURAT_API int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id);
+
+// Reading a prompt in steps, with whatever else the context is asked in between. A step is one ubatch in one layer, or in
+// all of them where it is written in place or in the lane. The sequence stays as it is until the last step is done: an
+// abort, a failure or a cancellation at any step changes nothing in it. While it is being read it can be asked about,
+// cleared or removed as a whole (which cancels), and refuses everything else.
+//
+// The results are those of one llama_decode of the whole prompt, to the last bit.
+
+struct ziggurat_kv_progress {
+    uint32_t steps_done;
+    uint32_t steps;
+    uint32_t tokens;   // of the prompt
+    uint32_t finished; // 1: the sequence has them now, and llama_get_logits_ith(ctx, -1) is what follows the last one
+};
+
+// Makes ready to read n tokens that follow the sequence's last; they are copied, and nothing is computed yet. Returns 0,
+// or -1 with a refusal: when n_reading prompts are being read, when the sequence is, or when it has no room for them.
+ZIGGURAT_API int32_t ziggurat_kv_prompt_begin(struct llama_context * ctx, int32_t seq_id, const int32_t * tokens, size_t n);
+
+// Computes at most max_steps further steps. Returns 0; -1 if no prompt is being read for the sequence; 2 if the abort
+// callback ended the computation and -2 if it failed: in both cases the prompt is cancelled.
+ZIGGURAT_API int32_t ziggurat_kv_prompt_step(
+        struct llama_context * ctx, int32_t seq_id, uint32_t max_steps, struct ziggurat_kv_progress * progress);
+
+// Gives the prompt up. Returns 0, or -1 if none is being read for the sequence.
+ZIGGURAT_API int32_t ziggurat_kv_prompt_cancel(struct llama_context * ctx, int32_t seq_id);
+
+// For tests: the n-th allocation or computation of a graph from now on fails (0: the next), once. Negative: none does.
+// Returns 0.
+ZIGGURAT_API int32_t ziggurat_kv_test_fail_at(struct llama_context * ctx, int64_t n);
 
 #ifdef __cplusplus
 }

@@ -12,7 +12,7 @@ from typing import Any
 from ziggurat.runtime.bindings import kv, library
 from ziggurat.runtime.bindings.abort import AbortFlag
 from ziggurat.runtime.bindings.batch import Batch
-from ziggurat.runtime.bindings.kv import KVLayout, KVSettings
+from ziggurat.runtime.bindings.kv import KVLayout, KVSettings, Progress
 from ziggurat.runtime.bindings.log import reason
 from ziggurat.runtime.bindings.model import Model
 from ziggurat.runtime.errors import ContextError, DecodeAborted, DecodeError, EngineClosedError, InvalidRequestError
@@ -145,8 +145,8 @@ class Context:
 
         Raises TokenError for ids outside the vocabulary before anything is computed, ContextError when the rows do not
         fit (nothing was changed), DecodeAborted when ``abort`` was set, DecodeError otherwise. After the last two the
-        rows of finished ubatches remain: clear the sequences concerned. With a KV budget the sequence whose prompt was
-        being read is empty then, and the others are as they were.
+        rows of finished ubatches remain: clear the sequences concerned. With a KV budget every sequence is then as it
+        was before, or has all its tokens of the batch (a prompt that was finished): ``last_position`` tells.
         """
         if self.model.simulated:
             raise ContextError("this context was made to be measured and has no memory to compute in")
@@ -258,9 +258,38 @@ class Context:
     def kv_select(self, sequence: int) -> int:
         """Bring the layers of a sequence that are above their budget down to it; return how many there were.
 
-        Raises ContextError when the computation fails, after which the sequence is empty.
+        Raises ContextError when the computation fails; the sequence is then as it was.
         """
         return self._checked_cache(sequence).select(sequence)
+
+    def prompt_begin(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Make ready to read a prompt in steps, after what the sequence holds; nothing is computed yet.
+
+        The sequence stays as it is until the last step is done, and takes nothing else but its removal, which cancels.
+        Raises InvalidRequestError without a KV budget, TokenError for ids outside the vocabulary, ContextError when the
+        tokens do not fit, when the sequence is being read already, or as many prompts are as the settings allow.
+        """
+        cache = self._checked_cache(sequence)
+        self.model.vocab.check(tokens)
+        cache.prompt_begin(sequence, tokens)
+
+    def prompt_step(self, sequence: int, max_steps: int) -> Progress:
+        """Compute at most ``max_steps`` further steps of a prompt; other sequences may decode before the next ones.
+
+        The result is that of one ``decode`` of the whole prompt. Once it is finished, index -1 has the logits after its
+        last token. Raises ContextError when no prompt is being read; DecodeAborted when ``abort`` was set and
+        DecodeError when the computation failed: the prompt is cancelled then, and the sequence as it was before.
+        """
+        cache = self._checked_cache(sequence)
+        self._outputs = frozenset()
+        progress = cache.prompt_step(sequence, max_steps)
+        if progress.finished:
+            self._outputs = frozenset((-1,))
+        return progress
+
+    def prompt_cancel(self, sequence: int) -> bool:
+        """Give a prompt up, after which the sequence is as it was before; False if none is being read."""
+        return self._checked_cache(sequence).prompt_cancel(sequence)
 
     def _checked_cache(self, sequence: int) -> kv.Cache:
         if not self.handle or self._cache is None:

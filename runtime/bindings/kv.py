@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.runtime.bindings import library
-from ziggurat.runtime.errors import ContextError, InvalidRequestError, LibraryError
+from ziggurat.runtime.errors import ContextError, DecodeAborted, DecodeError, InvalidRequestError, LibraryError
 
 if TYPE_CHECKING:
     from ziggurat.runtime.bindings.model import Model
@@ -25,9 +25,12 @@ PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2, "lane": 3}
 #: How scores are pooled over neighbouring positions.
 POOLS = {"avg": 0, "max": 1}
 _MAX = 2**32 - 1
-_BOUNDS = {"window": (1, _MAX), "sinks": (0, _MAX), "pool": (1, 255), "slack": (1, 2**20), "seed": (0, _MAX)}
+_BOUNDS = {
+    "window": (1, _MAX), "sinks": (0, _MAX), "pool": (1, 255), "slack": (1, 2**20), "seed": (0, _MAX),
+    "n_reading": (1, _MAX),
+}  # fmt: skip
 _FIELD = "kv_budget"
-_FAILED = -2
+_FAILED, _ABORTED = -2, 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class KVSettings:
     layer has beyond, at least, for generated tokens. ``prefill`` exact selects once, after the whole prompt, layer by
     layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
     refuses the latter, which lane takes in any case; chunked selects after every ubatch, which loses what only the
-    prompt's end asks for. ``seed`` is that of the score random.
+    prompt's end asks for. ``seed`` is that of the score random. ``n_reading`` prompts, no more than there are
+    sequences, may be read at a time; each takes the memory of a stage and of another sequence.
     """
 
     rows: tuple[int, ...]
@@ -52,6 +56,7 @@ class KVSettings:
     score: str = "snapkv"
     prefill: str = "exact"
     seed: int = 0
+    n_reading: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -78,13 +83,15 @@ class KVLayout:
     """What a context with a budget has allocated for all its sequences, in bytes.
 
     ``rows_bytes`` are K and V rows, ``position_bytes`` the positions of selected rows, ``query_bytes`` the queries of
-    each sequence's window. Used only while a prompt is read: ``stage_bytes``, ``stage_rows`` rows of one layer or, when
-    ``layer_major`` is False, of all of them, and ``hidden_bytes``, its hidden states between the layers.
+    each sequence's window. Used only while prompts are read: ``copy_bytes``, the copies of their sequences;
+    ``stage_bytes``, for each of them ``stage_rows`` rows of one layer or, when ``layer_major`` is False, of all of
+    them; and ``hidden_bytes``, hidden states between the layers.
     """
 
     rows_bytes: int
     position_bytes: int
     query_bytes: int
+    copy_bytes: int
     stage_bytes: int
     hidden_bytes: int
     stage_rows: int
@@ -98,7 +105,22 @@ class KVLayout:
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.kept_bytes + self.stage_bytes + self.hidden_bytes
+        return self.kept_bytes + self.copy_bytes + self.stage_bytes + self.hidden_bytes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a prompt of ``tokens`` tokens is read. A step is one ubatch in one layer, or in all of them."""
+
+    steps_done: int
+    steps: int
+    tokens: int
+    finished: bool
+
+    @property
+    def fraction(self) -> float:
+        """The part of the steps that is done, 0.0 to 1.0."""
+        return self.steps_done / self.steps
 
 
 class _Params(ctypes.Structure):
@@ -115,6 +137,7 @@ class _Params(ctypes.Structure):
         ("score", ctypes.c_int32),
         ("prefill", ctypes.c_int32),
         ("seed", ctypes.c_uint32),
+        ("n_reading", ctypes.c_uint32),
     ]
 
 
@@ -122,10 +145,16 @@ class _Layout(ctypes.Structure):
     """``struct ziggurat_kv_layout``."""
 
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("rows", "positions", "queries", "stage", "hidden")),
+        *((name, ctypes.c_uint64) for name in ("rows", "positions", "queries", "copies", "stage", "hidden")),
         ("stage_rows", ctypes.c_uint32),
         ("layer_major", ctypes.c_uint32),
     ]
+
+
+class _Progress(ctypes.Structure):
+    """``struct ziggurat_kv_progress``."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("steps_done", "steps", "tokens", "finished")]
 
 
 def available() -> bool:
@@ -143,7 +172,7 @@ def require() -> None:
 
 def _has_budgets(lib: Any) -> bool:
     # the field as well: the struct travels by value, and a binding without it would pass too short a one
-    return hasattr(lib._lib, "ziggurat_kv_unsupported") and hasattr(lib.llama_context_default_params(), _FIELD)
+    return hasattr(lib._lib, "ziggurat_kv_prompt_begin") and hasattr(lib.llama_context_default_params(), _FIELD)
 
 
 @lru_cache(maxsize=1)
@@ -163,6 +192,9 @@ def _functions() -> dict[str, Any]:
         "positions": (i32, pointer, i32, i32, i32s, size),
         "set_budget": (i32, pointer, i32, u32s, size),
         "select": (i32, pointer, i32),
+        "prompt_begin": (i32, pointer, i32, i32s, size),
+        "prompt_step": (i32, pointer, i32, ctypes.c_uint32, ctypes.POINTER(_Progress)),
+        "prompt_cancel": (i32, pointer, i32),
     }
     return {name: library.function(lib, f"ziggurat_kv_{name}", *types) for name, types in signatures.items()}
 
@@ -191,13 +223,14 @@ def fill(params: Any, settings: KVSettings) -> object:
         score=SCORES[settings.score],
         prefill=PREFILLS[settings.prefill],
         seed=settings.seed,
+        n_reading=settings.n_reading,
     )
     setattr(params, _FIELD, ctypes.addressof(native))
     return native, rows
 
 
 class Cache:
-    """The questions that a context with a budget answers, and the two things it can be told. ``handle`` is its own."""
+    """What a context with a budget can be asked and told. ``handle`` is its own."""
 
     def __init__(self, handle: Any, n_layer: int) -> None:
         self._handle, self._n_layer = handle, n_layer
@@ -221,6 +254,7 @@ class Cache:
             rows_bytes=found.rows,
             position_bytes=found.positions,
             query_bytes=found.queries,
+            copy_bytes=found.copies,
             stage_bytes=found.stage,
             hidden_bytes=found.hidden,
             stage_rows=found.stage_rows,
@@ -266,7 +300,33 @@ class Cache:
         """Bring every layer down to its budget now; return how many layers were above it."""
         count = int(self._call["select"](self._handle, sequence))
         if count == _FAILED:
-            raise ContextError(f"selecting rows failed, and sequence {sequence} is empty now")
+            raise ContextError(f"selecting the rows of sequence {sequence} failed; they are as they were")
         if count < 0:
             raise ContextError(self.refusal() or f"sequence {sequence} cannot be selected from")
         return count
+
+    def prompt_begin(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Make ready to read tokens in steps; raise ContextError when the sequence cannot take them, or not now."""
+        array = (ctypes.c_int32 * len(tokens))(*tokens)
+        if self._call["prompt_begin"](self._handle, sequence, array, len(tokens)) != 0:
+            raise ContextError(self.refusal() or f"no prompt of {len(tokens)} tokens can be read")
+
+    def prompt_step(self, sequence: int, max_steps: int) -> Progress:
+        """Compute at most ``max_steps`` steps.
+
+        Raises ContextError when no prompt is being read for the sequence; DecodeAborted and DecodeError, after which
+        the prompt is cancelled and the sequence as it was before it.
+        """
+        found = _Progress()
+        status = int(self._call["prompt_step"](self._handle, sequence, max_steps, ctypes.byref(found)))
+        if status == _ABORTED:
+            raise DecodeAborted("the computation was aborted as asked", status)
+        if status == _FAILED:
+            raise DecodeError(f"reading a prompt of {found.tokens} tokens failed", status)
+        if status != 0:
+            raise ContextError(self.refusal() or f"no prompt is being read for sequence {sequence}")
+        return Progress(found.steps_done, found.steps, found.tokens, bool(found.finished))
+
+    def prompt_cancel(self, sequence: int) -> bool:
+        """Give the prompt up; False if none is being read for the sequence."""
+        return bool(self._call["prompt_cancel"](self._handle, sequence) == 0)

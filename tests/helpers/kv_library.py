@@ -47,6 +47,7 @@ class _Params(ctypes.Structure):
         ("score", ctypes.c_int32),
         ("prefill", ctypes.c_int32),
         ("seed", ctypes.c_uint32),
+        ("n_reading", ctypes.c_uint32),
     ]
 
 
@@ -57,11 +58,18 @@ class Layout(ctypes.Structure):
         ("rows_bytes", ctypes.c_uint64),
         ("position_bytes", ctypes.c_uint64),
         ("query_bytes", ctypes.c_uint64),
+        ("copy_bytes", ctypes.c_uint64),
         ("stage_bytes", ctypes.c_uint64),
         ("hidden_bytes", ctypes.c_uint64),
         ("stage_rows", ctypes.c_uint32),
         ("layer_major", ctypes.c_uint32),
     ]
+
+
+class Progress(ctypes.Structure):
+    """``struct ziggurat_kv_progress``."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("steps_done", "steps", "tokens", "finished")]
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,12 @@ class Budget:
     score: str = "snapkv"
     prefill: str = "exact"
     seed: int = 0
+    n_reading: int = 1
 
     def native(self) -> _Params:
         return _Params(
             len(self.rows), _array(self.rows), self.window, self.sinks, self.pool, POOLS.index(self.pool_type),
-            self.slack, SCORES.index(self.score), PREFILLS.index(self.prefill), self.seed,
+            self.slack, SCORES.index(self.score), PREFILLS.index(self.prefill), self.seed, self.n_reading,
         )  # fmt: skip
 
 
@@ -304,3 +313,47 @@ class BudgetContext:
         """Select now; return the number of layers that were brought down."""
         return int(_function("ziggurat_kv_select", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)(
             self._context, sequence))  # fmt: skip
+
+    def begin(self, tokens: Sequence[int], sequence: int = 0) -> None:
+        """Make ready to read a prompt in steps."""
+        call = _function(
+            "ziggurat_kv_prompt_begin", ctypes.c_int32,
+            ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32), ctypes.c_size_t,
+        )  # fmt: skip
+        if call(self._context, sequence, (ctypes.c_int32 * len(tokens))(*tokens), len(tokens)):
+            raise Refused(self.refusal or "no reason")
+
+    def step(self, sequence: int = 0, steps: int = 1) -> Progress:
+        """Compute steps of a prompt."""
+        progress = Progress()
+        call = _function(
+            "ziggurat_kv_prompt_step", ctypes.c_int32,
+            ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.POINTER(Progress),
+        )  # fmt: skip
+        status = call(self._context, sequence, steps, progress)
+        if status == -1:
+            raise Refused(self.refusal or "no reason")
+        if status == 2:
+            raise Aborted
+        if status:
+            raise RuntimeError(f"ziggurat_kv_prompt_step returns {status}")
+        return progress
+
+    def cancel(self, sequence: int = 0) -> bool:
+        """Give the prompt up; False if none is being read."""
+        call = _function("ziggurat_kv_prompt_cancel", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)
+        return bool(call(self._context, sequence) == 0)
+
+    def read_in_steps(
+        self, tokens: Sequence[int], sequence: int = 0, steps: int = 1, between: Callable[[int], object] | None = None
+    ) -> Floats:
+        """Read a prompt in steps; return the logits after it. `between` is called with the steps that are done."""
+        self.begin(tokens, sequence)
+        while not (progress := self.step(sequence, steps)).finished:
+            if between is not None:
+                between(progress.steps_done)
+        return self._logits([-1])
+
+    def fail_at(self, n: int) -> None:
+        """Let the n-th allocation or computation of a graph from now on fail; negative: none."""
+        _function("ziggurat_kv_test_fail_at", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)(self._context, n)
