@@ -317,9 +317,14 @@ void ziggurat_kv_cache::append(uint32_t index, uint32_t n) {
 void ziggurat_kv_cache::advance(uint32_t index, uint32_t n) {
     auto & seq = seqs[index];
     seq.next += n;
-    // of more tokens than the window has, only the last were put into the ring
-    const uint32_t held = n > params.window ? params.window : n_ring;
-    seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) held);
+    seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) n_ring);
+}
+
+void ziggurat_kv_cache::note_read(uint32_t index, uint32_t n) {
+    auto & seq = seqs[index];
+    if (n > params.window) {
+        seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) params.window);
+    }
 }
 
 void ziggurat_kv_cache::note_selection(uint32_t index, uint32_t il, uint32_t n_rows, uint32_t target) {

@@ -167,8 +167,11 @@ public:
     // Adds n tokens in place, in all layers of seqs[index].
     void append(uint32_t index, uint32_t n);
 
-    // seqs[index] goes on by n tokens; the ring got the queries of as many as the window has.
+    // seqs[index] goes on by n tokens.
     void advance(uint32_t index, uint32_t n);
+
+    // The n last tokens of seqs[index] were read at once: of more than the window has the ring got only the last ones.
+    void note_read(uint32_t index, uint32_t n);
 
     // Forgets a sequence, and the prompt that is being read for it.
     void clear_seq(llama_seq_id seq_id);

@@ -82,7 +82,13 @@ bool ziggurat_kv_context::next() {
         kv->commit_reading(reading);
         reading = -1;
     }
-    return ++i_step < steps.size();
+    if (++i_step < steps.size()) {
+        return true;
+    }
+    for (const auto & [s, seq] : before) {
+        kv->note_read(s, kv->seqs[s].next - seq.next);
+    }
+    return false;
 }
 
 bool ziggurat_kv_context::apply() {

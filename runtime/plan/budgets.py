@@ -1,9 +1,10 @@
 """What a KV budget takes: arithmetic over the formulas of the patched library's cache (``ziggurat-kv-cache.cpp``).
 
 Rows are allocated per layer, with room for generated tokens, and beside them what selecting needs: positions of the
-rows that were selected, per KV head, and the queries of each sequence's window. While a prompt is read it lies in the
-stage, which holds one layer, with its hidden states between the layers; models whose graph is not cut into layers get a
-lane instead, a full cache for one prompt.
+rows that were selected, per KV head, and the queries of each sequence's last tokens. A prompt is read into a copy of its
+sequence, through the stage, which holds one layer, with its hidden states between the layers; models whose graph is not
+cut into layers get a lane instead, a full cache for one prompt. All of that is there for as many prompts as may be read
+at a time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ziggurat.runtime.bindings.kv import KVSettings
 from ziggurat.runtime.plan.kv import CACHE_TYPE_BLOCKS, KVShape, bytes_per_token, padded
 
 _POSITION, _HIDDEN = 4, 4
+_RING_SPARE = 16  # queries kept beyond the window
 _ALIGNMENT = 128  # no backend that is known aligns tensors to more
 
 
@@ -22,7 +24,8 @@ _ALIGNMENT = 128  # no backend that is known aligns tensors to more
 class BudgetMemory:
     """Bytes that a context with a budget takes, of all its sequences together; see ``KVLayout`` for the parts.
 
-    ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions`` and ``queries`` bytes by layer;
+    ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions``, ``queries`` and ``copies`` (of
+    the sequences whose prompts are read) bytes by layer;
     ``largest_row`` are those of one token in the layer where K and V take most.
     ``rotation`` is one more row of each layer, which the library keeps where rows are quantized, to know how they are
     rotated. ``full`` is what the stock library takes for the same context.
@@ -33,6 +36,7 @@ class BudgetMemory:
     rows: tuple[int, ...]
     positions: tuple[int, ...]
     queries: tuple[int, ...]
+    copies: tuple[int, ...]
     stage: int
     stage_rows: int
     hidden: int
@@ -53,18 +57,18 @@ class BudgetMemory:
 
     @property
     def reading(self) -> int:
-        """What is used only while a prompt is read."""
+        """What is used only while prompts are read, wherever there are layers."""
         return self.stage + self.hidden
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.kept + self.reading + self.rotation
+        return self.kept + sum(self.copies) + self.reading + self.rotation
 
     @property
     def padding(self) -> int:
         """The most that the alignment of tensors adds to it."""
-        return _ALIGNMENT * (6 * len(self.capacity) + 1)
+        return _ALIGNMENT * (7 * len(self.capacity) + 1)
 
 
 def takes_budget(shape: KVShape) -> bool:
@@ -85,34 +89,42 @@ def budget_memory(
     if kv is None or not takes_budget(shape):
         return None
     n_seq, full = settings.n_seq_max, padded(settings.n_ctx)
+    n_reading = min(kv.n_reading, n_seq)
     per_row = bytes_per_token(shape, settings.type_k, settings.type_v)
     stock = bytes_per_token(shape, settings.type_k, settings.type_v, flash_attention=settings.flash_attention != "off")
     capacity = row_capacity(kv, full)
     evicts = any(rows < full for rows in kv.rows)
     layers = range(shape.n_layer)
-    positions = [min(kv.rows[layer], full) * shape.n_head_kv[layer] * _POSITION for layer in layers]
-    query_value = 4 if settings.type_k == "f32" else 2
-    queries = [kv.window * heads * shape.key_length * query_value for heads in shape.n_head]
+    none = (0,) * shape.n_layer
+    rows = tuple(count * size for count, size in zip(capacity, per_row, strict=True))
+    positions = tuple(min(kv.rows[layer], full) * shape.n_head_kv[layer] * _POSITION for layer in layers)
+    query_bytes = (kv.window + _RING_SPARE) * shape.key_length * (4 if settings.type_k == "f32" else 2)
+    queries = tuple(heads * query_bytes for heads in shape.n_head) if kv.score == "snapkv" else none
+    one = tuple(sum(parts) for parts in zip(rows, positions, queries, strict=True))
     layer_major = evicts and layer_major and kv.prefill != "lane"
     stage_rows, hidden_tokens = full, full
     if kv.prefill == "chunked":
         stage_rows, hidden_tokens = padded(max(capacity) + n_ubatch), n_ubatch
-    none = (0,) * shape.n_layer
     quantized = any(CACHE_TYPE_BLOCKS[name][0] > 1 for name in (settings.type_k, settings.type_v))
     return BudgetMemory(
         kv=kv,
         capacity=capacity,
-        rows=tuple(n_seq * rows * size for rows, size in zip(capacity, per_row, strict=True)),
-        positions=tuple(n_seq * size for size in positions) if evicts else none,
-        queries=tuple(n_seq * size for size in queries) if evicts and kv.score == "snapkv" else none,
-        stage=stage_rows * (max(per_row) if layer_major else sum(per_row)) if evicts else 0,
+        rows=_times(n_seq, rows),
+        positions=_times(n_seq + 1, positions) if evicts else none,  # and what a selection is about to keep
+        queries=_times(n_seq, queries) if evicts else none,
+        copies=_times(n_reading, one) if evicts else none,
+        stage=n_reading * stage_rows * (max(per_row) if layer_major else sum(per_row)) if evicts else 0,
         stage_rows=stage_rows if evicts else 0,
-        hidden=n_embd * hidden_tokens * _HIDDEN if layer_major else 0,
+        hidden=n_reading * n_embd * hidden_tokens * _HIDDEN if layer_major else 0,
         layer_major=layer_major,
         rotation=sum(per_row) if quantized else 0,
         largest_row=max(per_row),
         full=n_seq * full * sum(stock),
     )
+
+
+def _times(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(count * size for size in sizes)
 
 
 def row_capacity(kv: KVSettings, full: int) -> tuple[int, ...]:

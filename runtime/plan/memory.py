@@ -140,6 +140,8 @@ class MemoryPlan:
             "rows_bytes": sum(budget.rows),
             "position_bytes": sum(budget.positions),
             "query_bytes": sum(budget.queries),
+            "prompts_at_a_time": min(kv.n_reading, settings.n_seq_max),
+            "copy_bytes": sum(budget.copies),
             "stage_bytes": budget.stage,
             "hidden_bytes": budget.hidden,
             "kv_bytes_full": budget.full,
@@ -256,8 +258,8 @@ def _split(
     first = max(n_layer + 1 - gpu_layers, 0)
     on_gpu = weights.output + sum(weights.layers[first:])
     copy = weights.embedding if weights.tied else 0
-    rows = sum(per_layer[first:])
-    # what is used while a prompt is read is needed wherever there are layers
+    rows = sum(per_layer[first:]) + (sum(budget.copies[first:]) if budget is not None else 0)
+    # the stage is needed wherever there are layers
     reading = budget.reading if budget is not None and first < n_layer else 0
     left = all_of_it.context - rows - (reading if first == 0 else 0)
     return [

@@ -56,6 +56,10 @@ class Weights:
         return self._tensors[name]
 
 
+#: Queries that the library keeps beyond the window: ZIGGURAT_KV_RING_SPARE.
+RING_SPARE = 16
+
+
 @dataclass
 class Rows:
     """One layer's cache: keys and values (KV heads, rows, d) with their positions, ascending; the last queries."""
@@ -64,7 +68,7 @@ class Rows:
     values: Array
     positions: Ints
     queries: Array
-    """(heads, at most window, d), after RoPE."""
+    """(heads, n, d), after RoPE: of so many of the last tokens as can be rolled back, and of a window before them."""
 
     def keep(self, columns: npt.NDArray[np.intp]) -> None:
         """Drop all rows but these, (KV heads, n) indices."""
@@ -89,9 +93,14 @@ class ReferenceSequence:
             for heads, kv in zip(weights.heads, weights.kv_heads, strict=True)
         ]
 
-    def read(self, tokens: Sequence[int]) -> Array:
-        """Append tokens; return the logits after each of them, (tokens, vocabulary)."""
+    def read(self, tokens: Sequence[int], *, singly: bool = False) -> Array:
+        """Append tokens; return the logits after each of them, (tokens, vocabulary).
+
+        `singly`: as if they came one by one, which leaves the queries before them where they are.
+        """
         w = self.w
+        window = self.budget.window if self.budget else 1
+        self._n_queries = window if len(tokens) > window and not singly else window + RING_SPARE
         positions = np.arange(self.n, self.n + len(tokens), dtype=np.int32)
         self.n += len(tokens)
         hidden = w["token_embd.weight"][list(tokens)]
@@ -106,7 +115,7 @@ class ReferenceSequence:
         return final
 
     def forget(self, count: int) -> None:
-        """Roll the last tokens back. Queries that the window had left behind do not come back."""
+        """Roll the last tokens back. Queries that the ring had left behind do not come back."""
         self.n -= count
         for layer in self.layers:
             layer.queries = layer.queries[:, :-count]
@@ -139,8 +148,7 @@ class ReferenceSequence:
         cache.keys = np.concatenate([cache.keys, k.swapaxes(0, 1)], 1)
         cache.values = np.concatenate([cache.values, v.swapaxes(0, 1)], 1)
         cache.positions = np.concatenate([cache.positions, np.tile(positions, (kv_heads, 1))], 1)
-        window = self.budget.window if self.budget else 1
-        cache.queries = np.concatenate([cache.queries, q.swapaxes(0, 1)], 1)[:, -window:]
+        cache.queries = np.concatenate([cache.queries, q.swapaxes(0, 1)], 1)[:, -self._n_queries :]
         weights = _attend(q.swapaxes(0, 1), cache, positions, w.scale)
         out = weights @ np.repeat(cache.values, heads // kv_heads, 0)
         return self._project(name, "output", out.swapaxes(0, 1).reshape(len(x), heads * d))
@@ -179,8 +187,9 @@ class ReferenceSequence:
         """What the last queries pay to each row before them, pooled: (KV heads, rows - window)."""
         assert self.budget is not None
         cache = self.layers[layer]
-        count = cache.queries.shape[1]
-        seen = _attend(cache.queries, cache, np.arange(self.n - count, self.n, dtype=np.int32), self.w.scale)
+        queries = cache.queries[:, -self.budget.window :]
+        count = queries.shape[1]
+        seen = _attend(queries, cache, np.arange(self.n - count, self.n, dtype=np.int32), self.w.scale)
         kv_heads = len(cache.keys)
         mean = seen.mean(1).reshape(kv_heads, -1, seen.shape[-1]).mean(1)[:, : -self.budget.window]
         return _pooled(mean, self.budget.pool, self.budget.pool_type)

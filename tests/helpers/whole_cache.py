@@ -8,7 +8,7 @@ import pytest
 
 from ziggurat.runtime.bindings import KVLayout, KVSettings, kv, library
 
-LAYOUT = KVLayout(1000, 200, 30, 400, 50, stage_rows=256, layer_major=True)
+LAYOUT = KVLayout(1000, 200, 30, 60, 400, 50, stage_rows=256, layer_major=True)
 
 
 class WholeCache:

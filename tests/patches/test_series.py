@@ -7,7 +7,7 @@ from llama_patches.series import apply_series, read_patch, read_series, series_n
 
 # A patch is a hook: what is taken from upstream is what a new release conflicts with. Raise these with a reason.
 REMOVED_LINES = 110  # a quarter of them: one word each in 0007
-ADDED_LINES = 160  # 66 of them hook KV budgets in, 0008 to 0010
+ADDED_LINES = 170  # 74 of them hook KV budgets in, 0008 to 0011
 
 
 def contents(tree):

@@ -10,6 +10,7 @@ import pytest
 
 from helpers.kv_library import Budget, BudgetModel
 from helpers.kv_models import tokens
+from helpers.kv_reference import RING_SPARE
 from helpers.tiny_models import Shape, write_model
 from ziggurat.runtime.bindings.memory import measure
 
@@ -36,32 +37,38 @@ def padded(n: int) -> int:
     ],
     ids=lambda budget: str(budget.rows),
 )
-@pytest.mark.parametrize("n_seq", [1, 3])
-def test_bytes(shape: Shape, lane: bool, types: tuple[str, str], budget: Budget, n_seq: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_seq", "asked"), [(1, 1), (3, 1), (3, 2), (1, 2)])
+def test_bytes(
+    shape: Shape, lane: bool, types: tuple[str, str], budget: Budget, n_seq: int, asked: int, tmp_path: Path
+) -> None:
     heads = [shape.heads(layer) for layer in range(3)]
     key, value = (BYTES[name] for name in types)
     row = [kv * shape.head_dim * (key + value) for _, kv in heads]
     rows = [min(rows, N_CTX) for rows in budget.rows]
     full = min(rows) == N_CTX
     capacity = [N_CTX if full else padded(n + budget.slack) for n in rows]
-    per_query = shape.head_dim * budget.window * (4 if types[0] == "f32" else 2)
+    per_query = shape.head_dim * (budget.window + RING_SPARE) * (4 if types[0] == "f32" else 2)
     scored = budget.score == "snapkv" and not full
-    budget = replace(budget, prefill="lane" if lane else "exact")
+    budget = replace(budget, prefill="lane" if lane else "exact", n_reading=asked)
+    n_reading = min(asked, n_seq)
     with BudgetModel(write_model(tmp_path / "m.gguf", shape)) as model:
         with model.context(N_CTX, budget, n_seq=n_seq, types=types, ubatch=64) as context:
             layout = context.layout()
             assert layout is not None
             assert context.capacity() == tuple(capacity)
             assert layout.rows_bytes == n_seq * sum(n * size for n, size in zip(capacity, row, strict=True))
-            positions = 0 if full else n_seq * sum(4 * n * kv for n, (_, kv) in zip(rows, heads, strict=True))
-            assert layout.position_bytes == positions
-            assert layout.query_bytes == (n_seq * sum(n * per_query for n, _ in heads) if scored else 0)
+            positions = 0 if full else sum(4 * n * kv for n, (_, kv) in zip(rows, heads, strict=True))
+            assert layout.position_bytes == (n_seq + 1) * positions  # and what a selection is about to keep
+            queries = sum(n * per_query for n, _ in heads) if scored else 0
+            assert layout.query_bytes == n_seq * queries
+            one = layout.rows_bytes // n_seq + positions + queries
+            assert layout.copy_bytes == (0 if full else n_reading * one)
             assert layout.stage_rows == (0 if full else N_CTX)
-            assert layout.stage_bytes == layout.stage_rows * (sum(row) if lane else max(row))
-            assert layout.hidden_bytes == (0 if full or lane else 4 * shape.n_embd * N_CTX)
+            assert layout.stage_bytes == n_reading * layout.stage_rows * (sum(row) if lane else max(row))
+            assert layout.hidden_bytes == (0 if full or lane else n_reading * 4 * shape.n_embd * N_CTX)
             (cpu,) = (buffer for buffer in measure(context) if buffer.context)  # type: ignore[arg-type]
             wanted = sum(getattr(layout, name) for name in ("rows_bytes", "position_bytes", "query_bytes",
-                                                            "stage_bytes", "hidden_bytes"))  # fmt: skip
+                                                            "copy_bytes", "stage_bytes", "hidden_bytes"))  # fmt: skip
             assert wanted <= cpu.context <= wanted + 4096
 
 

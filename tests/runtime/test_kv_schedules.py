@@ -6,6 +6,7 @@ reference (helpers.kv_reference) knows which rows, and the logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -89,8 +90,16 @@ class Schedule(RuleBasedStateMachine):
         self.count += 1
         return tokens(n, self.count)
 
-    def _full(self, sequence: Expected) -> bool:
-        return any(used == most for used, most in zip(sequence.used, self.capacity, strict=True))
+    def _room(self, sequence: Expected) -> int:
+        return min(most - used for used, most in zip(sequence.used, self.capacity, strict=True))
+
+    def _due(self, indices: Iterable[int]) -> set[int]:
+        """Of sequences that take a step together, those that select first: as late as their room lets them, singly."""
+        rooms = sorted((self._room(self.sequences[i]), i) for i in indices if self.sequences[i].overflows(0))
+        due = {index for room, index in rooms if room == 0}
+        if not due and any(room <= turn for turn, (room, _) in enumerate(rooms)):
+            due.add(rooms[0][1])
+        return due
 
     def _refused(self, sequence: Expected, n: int) -> bool:
         return n > 1 and sequence.overflows(n) and max(sequence.used) + n > N_CTX
@@ -112,13 +121,14 @@ class Schedule(RuleBasedStateMachine):
             with pytest.raises(Refused):
                 self.context.decode(*batch)
             return
+        due = self._due(index for index, n in parts if n == 1)
         logits = self.context.decode(*batch)
         for part, got in zip(batch, logits, strict=True):
-            self._account(part, got[0])
+            self._account(part, got[0], due=part.sequence in due)
 
-    def _account(self, part: Part, got: np.ndarray) -> None:
+    def _account(self, part: Part, got: np.ndarray, *, due: bool) -> None:
         sequence, n = self.sequences[part.sequence], len(part.tokens)
-        if n == 1 and self._full(sequence):
+        if due:
             sequence.select()
             sequence.add(1)
             self._follow(part.sequence, 1)
@@ -137,15 +147,15 @@ class Schedule(RuleBasedStateMachine):
         """Single tokens, far enough for a selection now and then."""
         sequence, generated = self.sequences[index], self._tokens(n)
         while generated:
-            room = min(most - used for used, most in zip(sequence.used, self.capacity, strict=True))
+            room = self._room(sequence)
             some = generated[: max(room, 1)]
             generated = generated[len(some) :]
             logits = [self.context.read([token], index)[0] for token in some]
             if not room:
-                self._account(Part(index, some), logits[0])
+                self._account(Part(index, some), logits[0], due=True)
             else:  # at once, which the reference is quicker at
                 sequence.add(len(some))
-                wanted = sequence.reference.read(some).astype(np.float32)
+                wanted = sequence.reference.read(some, singly=True).astype(np.float32)
                 assert nmse(np.stack(logits), wanted) < 1e-6
 
     @rule(index=SEQUENCES, off=st.sampled_from([-40, -1, 1, 7]), n=st.sampled_from([1, 5]))

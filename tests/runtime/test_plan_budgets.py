@@ -132,7 +132,7 @@ def test_the_command_shows_them(capsys: pytest.CaptureFixture[str], spm_path: Pa
     budget = planned["kv_budget"]
     assert (planned["kv_budget_asked"], budget["score"], budget["prefill"]) == ("12%", "snapkv", "exact")
     assert sum(budget["rows_per_layer"]) == 2 * 480
-    parts = ("rows_bytes", "position_bytes", "query_bytes", "stage_bytes", "hidden_bytes")
+    parts = ("rows_bytes", "position_bytes", "query_bytes", "copy_bytes", "stage_bytes", "hidden_bytes")
     assert 0 <= planned["kv_bytes"] - sum(budget[part] for part in parts) <= 2000
     assert planned["kv_exact"]
     code, out, _ = ziggurat(capsys, *arguments)
@@ -167,6 +167,7 @@ ASKED = {
     "small ubatch": {"n_ctx": 8192, "n_ubatch": 64},
     "recent": {"n_ctx": 2048, "kv": {"score": "recent", "window": 7}},
     "chunked": {"n_ctx": 4096, "n_ubatch": 128, "kv": {"prefill": "chunked", "slack": 300}},
+    "two prompts of four": {"n_ctx": 2048, "n_seq_max": 4, "kv": {"n_reading": 2}},
     "a lane": {"n_ctx": 4096, "kv": {"prefill": "lane"}},
     "nothing is evicted": {"n_ctx": 512, "kv": {"rows": (512,)}},
 }
@@ -195,6 +196,7 @@ def test_the_plan_is_what_is_allocated(shape: Shape, asked: dict[str, object], t
         rows_bytes=sum(budget.rows),
         position_bytes=sum(budget.positions),
         query_bytes=sum(budget.queries),
+        copy_bytes=sum(budget.copies),
         stage_bytes=budget.stage,
         hidden_bytes=budget.hidden,
         stage_rows=budget.stage_rows,
