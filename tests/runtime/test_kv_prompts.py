@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from helpers.kv_library import Aborted, Budget, BudgetModel, Part, Refused
+from helpers.kv_library import Aborted, Budget, BudgetContext, BudgetModel, Part, Refused
 from helpers.kv_models import BUDGET, prompt, state, tokens
 
 PREFILLS = ("exact", "lane", "chunked")
@@ -205,3 +206,122 @@ def test_aborted_at_any_time(kv_model: BudgetModel, steps: int) -> None:
         assert np.array_equal(context.read([7]), quiet.read([7]))
         assert np.array_equal(context.read_in_steps(text), quiet.read(text))
         assert state(context, 0) == state(quiet, 0)
+
+
+def faults(run: Callable[[BudgetContext], object], context: BudgetContext, check: Callable[[], object]) -> int:
+    """Let every allocation and computation of `run` fail in its turn; `check` after each. How many there were."""
+    for n in range(10000):
+        context.fail_at(n)
+        try:
+            run(context)
+        except (RuntimeError, Refused):
+            check()
+            continue
+        context.fail_at(-1)
+        return n
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("way", ["one go", "steps"])
+@pytest.mark.parametrize("prefill", PREFILLS)
+@pytest.mark.parametrize("text", [[7], tokens(12), tokens(30, 2), tokens(200, 3)], ids=len)
+def test_faults_while_a_prompt_is_read(kv_model: BudgetModel, prefill: str, way: str, text: list[int]) -> None:
+    """At every allocation and computation: the sequence is as it was before, and the next try reads it."""
+    budget = replace(BUDGET, prefill=prefill, n_reading=2)
+    with kv_model.context(512, budget, n_seq=3, ubatch=64) as context, \
+         kv_model.context(512, budget, n_seq=3, ubatch=64) as quiet:  # fmt: skip
+        for first in ([], prompt(3), prompt(2)):
+            for each in (context, quiet):
+                each.clear()
+                each.read(prompt(2), 0)
+                if first:
+                    each.read(first, 1)
+            before = [state(quiet, s) for s in range(3)]
+
+            def run(context: BudgetContext) -> None:
+                context.read_in_steps(text, 1) if way == "steps" else context.read(text, 1)
+
+            def check(wanted: object = before) -> None:
+                assert [state(context, s) for s in range(3)] == wanted
+                assert not context.cancel(1)
+
+            assert faults(run, context, check) >= 1
+            quiet.read(text, 1)
+            assert [state(context, s) for s in range(3)] == [state(quiet, s) for s in range(3)]
+            for each in (context, quiet):
+                each.set_budget(1, (12, 12, 12))
+            assert context.select(1) == quiet.select(1)  # by the ring's queries
+            assert [state(context, s) for s in range(3)] == [state(quiet, s) for s in range(3)]
+            assert np.array_equal(context.read([5], 1), quiet.read([5], 1))
+            for each in (context, quiet):
+                each.set_budget(1, None)
+
+
+def test_faults_in_a_batch_of_everything(kv_model: BudgetModel) -> None:
+    """Steps, a short prompt and two long ones: each sequence is as before, or has all of its tokens."""
+    with kv_model.context(512, BUDGET, n_seq=5, ubatch=64) as context, \
+         kv_model.context(512, BUDGET, n_seq=5, ubatch=64) as quiet:  # fmt: skip
+        parts = [Part(0, [5]), Part(1, tokens(300, 1)), Part(2, tokens(20)), Part(3, [6]), Part(4, tokens(200, 2))]
+        for each in (context, quiet):
+            for sequence in (0, 1, 3):
+                each.read(prompt(sequence), sequence)
+        before = [state(quiet, s) for s in range(5)]
+        quiet.decode(*parts)
+        after = [state(quiet, s) for s in range(5)]
+        seen = set()
+
+        def check() -> None:
+            now = [state(context, s) for s in range(5)]
+            assert all(have in (b, a) for have, b, a in zip(now, before, after, strict=True))
+            finished = [part.sequence for part in parts if now[part.sequence] == after[part.sequence]]
+            seen.add(tuple(finished))
+            for sequence in finished:
+                context.remove(sequence)
+                if before[sequence][0] >= 0:
+                    context.read(prompt(sequence), sequence)
+            assert [state(context, s) for s in range(5)] == before
+
+        assert faults(lambda context: context.decode(*parts), context, check) > 10
+        assert seen == {(), (1,)}  # the first prompt was finished when the second failed
+        assert [state(context, s) for s in range(5)] == after
+
+
+def test_faults_in_a_selection(kv_model: BudgetModel) -> None:
+    """One that is asked for, and one that a step needs."""
+    with kv_model.context(512, BUDGET, ubatch=64) as context, kv_model.context(512, BUDGET, ubatch=64) as quiet:
+        for each in (context, quiet):
+            each.read(prompt(0))
+            for token in tokens(20):
+                each.read([token])
+        before = state(context, 0)
+
+        def unchanged() -> None:
+            assert state(context, 0) == before
+
+        def select(context: BudgetContext) -> None:
+            if context.select() == -2:
+                assert context.refusal
+                raise RuntimeError
+
+        assert faults(select, context, unchanged) >= 4
+        quiet.select()
+        assert state(context, 0) == state(quiet, 0)
+        room = min(c - u for c, u in zip(context.capacity(), context.rows(), strict=True))
+        for token in tokens(room, 1):
+            assert np.array_equal(context.read([token]), quiet.read([token]))
+        before, selected = state(context, 0), False
+        wanted = quiet.read([5])
+
+        def as_before_or_selected() -> None:
+            nonlocal selected
+            if context.rows() == BUDGET.rows:  # the selection was done, the step was not
+                selected = True
+            else:
+                unchanged()
+                assert not selected
+
+        assert faults(lambda context: context.read([5]), context, as_before_or_selected) >= 4
+        assert selected
+        assert state(context, 0) == state(quiet, 0)
+        assert np.array_equal(context.read([6]), quiet.read([6]))
+        assert wanted.shape

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.kv_library import Budget, BudgetContext, BudgetModel, Part, Refused
 from helpers.kv_models import BUDGET, Models, alone, prompt, state, tokens
-from helpers.kv_reference import ReferenceSequence, Weights
+from helpers.kv_reference import RING_SPARE, ReferenceSequence, Weights
 from helpers.stock import nmse
 
 ROWS = BUDGET.rows
@@ -34,6 +34,20 @@ def test_rollback_of_generated_tokens_is_exact(kv_model: BudgetModel, kv_files: 
         assert state(context, 0) == state(fresh, 0)
 
 
+def test_a_rollback_of_a_few_tokens_leaves_a_whole_window(kv_model: BudgetModel) -> None:
+    """As many as the ring has beyond the window: what is selected is what would have been without them."""
+    with kv_model.context(512, BUDGET, ubatch=64) as context, kv_model.context(512, BUDGET, ubatch=64) as fresh:
+        for each in (context, fresh):
+            each.read(prompt(0))
+            for token in tokens(20, 1):
+                each.read([token])
+        for token in tokens(RING_SPARE, 2):
+            context.read([token])
+        assert context.remove(0, 320)
+        assert context.select() == fresh.select() == 3
+        assert state(context, 0) == state(fresh, 0)
+
+
 def test_a_selection_after_a_rollback_uses_the_queries_it_has(kv_model: BudgetModel, kv_files: Models) -> None:
     reference = ReferenceSequence(Weights(kv_files["gqa"]), BUDGET)
     with kv_model.context(512, BUDGET, ubatch=64) as context:
@@ -42,18 +56,18 @@ def test_a_selection_after_a_rollback_uses_the_queries_it_has(kv_model: BudgetMo
             reference.read(text)
             if len(text) > 1:
                 reference.select(context.kept())
-        assert context.remove(0, 340 - 5)
-        reference.forget(5)
+        assert context.remove(0, 340 - 20)
+        reference.forget(20)
         assert context.select() == 3
         for layer in range(3):
             reference.swaps(layer, context.positions(layer), 1e-4)
 
 
 def test_a_selection_without_queries_is_refused(kv_model: BudgetModel) -> None:
-    """All of the window's queries were rolled back; tokens read after that bring new ones."""
+    """All that the ring held were rolled back; tokens read after that bring new ones."""
     with kv_model.context(512, BUDGET, ubatch=64) as context:
         context.read(prompt(0))
-        for token in tokens(30, 1):
+        for token in tokens(50, 1):
             context.read([token])
         assert context.remove(0, 310)
         before = state(context, 0)

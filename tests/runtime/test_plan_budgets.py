@@ -32,13 +32,19 @@ def test_bytes_by_hand() -> None:
     row = (4 * (32 + 16) * 2, 2 * (32 + 16) * 2)  # of both K and V, in f16
     assert found.capacity == (1024, 256)  # 964 and 164, rounded up
     assert found.rows == (3 * 1024 * row[0], 3 * 256 * row[1])
-    assert found.positions == (3 * 900 * 4 * 4, 3 * 100 * 2 * 4)
-    assert found.queries == (3 * 32 * 8 * 32 * 2,) * 2
+    assert found.positions == (4 * 900 * 4 * 4, 4 * 100 * 2 * 4)  # and those that are about to be kept
+    assert found.queries == (3 * 48 * 8 * 32 * 2,) * 2
+    assert found.copies == tuple(
+        rows + positions + queries
+        for rows, positions, queries in zip(
+            (1024 * row[0], 256 * row[1]), (900 * 4 * 4, 100 * 2 * 4), (48 * 8 * 32 * 2,) * 2, strict=True
+        )
+    )
     assert (found.stage_rows, found.stage, found.hidden) == (2048, 2048 * row[0], 256 * 2048 * 4)
     assert found.layer_major
     assert found.full == 3 * 2048 * sum(row)
     assert found.kept == sum(found.rows) + sum(found.positions) + sum(found.queries)
-    assert found.total == found.kept + found.stage + found.hidden
+    assert found.total == found.kept + sum(found.copies) + found.stage + found.hidden
 
 
 def test_other_scores_types_and_ways_of_reading() -> None:
@@ -48,13 +54,17 @@ def test_other_scores_types_and_ways_of_reading() -> None:
         return found
 
     assert of(kv={"score": "recent"}).queries == (0, 0)
-    assert of(type_k="f32").queries == (32 * 8 * 32 * 4,) * 2
-    assert of(type_k="q8_0").queries == (32 * 8 * 32 * 2,) * 2
+    assert of(type_k="f32").queries == (48 * 8 * 32 * 4,) * 2
+    assert of(type_k="q8_0").queries == (48 * 8 * 32 * 2,) * 2
     assert of(type_k="q8_0", type_v="q8_0").rows == (1024 * (136 + 68), 256 * (68 + 34))
     lane = of(layer_major=False)
     assert (lane.layer_major, lane.stage, lane.hidden) == (False, 2048 * (384 + 192), 0)
     chunked = of(kv={"prefill": "chunked"})
     assert (chunked.stage_rows, chunked.hidden) == (1024 + 512, 256 * 512 * 4)
+    one, two, more = (of(n_seq_max=2, kv={"n_reading": count}) for count in (1, 2, 3))
+    assert (two.stage, two.hidden) == (2 * one.stage, 2 * one.hidden)
+    assert (two.copies, two.kept) == (tuple(2 * size for size in one.copies), one.kept)
+    assert more.total == two.total  # no more than there are sequences
     assert of(kv={"prefill": "bounded"}).total == of().total
     # a row more of each layer, which the library asks how quantized rows are rotated
     assert (of().rotation, of(type_v="q8_0").rotation) == (0, 256 + 68 + 128 + 34)
@@ -91,9 +101,9 @@ def test_the_plan_counts_a_budgets_parts(spm_path: Path) -> None:
     for gpu_layers in (1, 2, 3):
         host, gpu = plan.plan_memory(outline, asked, gpu_layers=gpu_layers).devices
         layers = gpu_layers - 1
-        on_gpu = sum(found.kept_per_layer[2 - layers :]) if layers else 0
+        on_gpu = sum((*found.kept_per_layer[2 - layers :], *found.copies[2 - layers :])) if layers else 0
         assert gpu.context == on_gpu + (found.reading if layers else 0)
-        assert host.context == found.kept - on_gpu + (found.reading if layers < 2 else 0)
+        assert host.context == found.kept + sum(found.copies) - on_gpu + (found.reading if layers < 2 else 0)
 
 
 def test_budgets_make_room_for_conversations(spm_path: Path) -> None:
@@ -125,7 +135,7 @@ def test_the_command_shows_them(capsys: pytest.CaptureFixture[str], spm_path: Pa
         "--kv-budget",
         "12%",
         "--memory",
-        "9MiB",
+        "10MiB",
         *(["--estimate"] if estimate else []),
     ]
     planned = json.loads(ziggurat(capsys, *arguments, "--json")[1])["plan"]
