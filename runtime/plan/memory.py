@@ -140,7 +140,7 @@ class MemoryPlan:
             "rows_bytes": sum(budget.rows),
             "position_bytes": sum(budget.positions),
             "query_bytes": sum(budget.queries),
-            "prompts_at_a_time": min(kv.n_reading, settings.n_seq_max),
+            "prompts_at_a_time": min(kv.n_reading, self.settings.n_seq_max),
             "copy_bytes": sum(budget.copies),
             "stage_bytes": budget.stage,
             "hidden_bytes": budget.hidden,

@@ -135,7 +135,7 @@ def test_the_command_shows_them(capsys: pytest.CaptureFixture[str], spm_path: Pa
         "--kv-budget",
         "12%",
         "--memory",
-        "10MiB",
+        "9MiB",
         *(["--estimate"] if estimate else []),
     ]
     planned = json.loads(ziggurat(capsys, *arguments, "--json")[1])["plan"]
