@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 bool ziggurat_kv_cache::can_go_on(llama_seq_id seq_id, uint32_t n_tokens) {
     if (!exists(seq_id)) {
@@ -99,8 +100,9 @@ ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_
 }
 
 // A sequence selects when one of its layers is full, or earlier by as many tokens as it takes for no two sequences to
-// select in the same step, should all of them go on together: the one with the least room first, one in each step.
-// So what a sequence keeps depends on its own tokens alone unless others fill up within a few tokens of it.
+// select in the same step, should all of them go on together: the one with the least room first, one in each step, or
+// where there is no room for that as few in each step as there can be. So what a sequence keeps depends on its own tokens
+// alone unless others fill up within a few tokens of it.
 std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(const std::vector<llama_seq_id> & stepping) const {
     std::vector<std::pair<uint32_t, llama_seq_id>> rooms; // tokens that a sequence has room for
     for (const auto s : stepping) {
@@ -116,16 +118,18 @@ std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(const std::vector<ll
     }
     std::sort(rooms.begin(), rooms.end());
 
-    std::vector<llama_seq_id> due;
-    bool crowded = false; // the i-th has its turn i steps from now; if none had it now, it would come too late for one
+    uint32_t count   = 0;     // per step, from now on, so that none comes too late
+    bool     crowded = false; // would be if one per step were to begin with the next
     for (uint32_t i = 0; i < rooms.size(); ++i) {
+        count    = std::max(count, i/(rooms[i].first + 1) + 1);
         crowded |= rooms[i].first <= i;
-        if (rooms[i].first == 0) {
-            due.push_back(rooms[i].second);
-        }
     }
-    if (crowded && due.empty()) {
-        due.push_back(rooms[0].second);
+    if (!crowded) {
+        return {};
+    }
+    std::vector<llama_seq_id> due;
+    for (uint32_t i = 0; i < count; ++i) {
+        due.push_back(rooms[i].second);
     }
     return due;
 }
@@ -140,8 +144,8 @@ llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & ball
     if (resumed >= 0) {
         return init_prompt_step(balloc, n_ubatch);
     }
-    if (selection_failed) {
-        selection_failed = false;
+    const auto before = std::exchange(selected, selection::none);
+    if (before == selection::failed) {
         return failed(LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
     }
     std::vector<uint32_t>     n_tokens;
@@ -160,7 +164,7 @@ llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & ball
             stepping.push_back(s);
         }
     }
-    if (evicts) {
+    if (evicts && before == selection::none) {
         to_select = due_selections(stepping);
     }
     if (!to_select.empty()) {

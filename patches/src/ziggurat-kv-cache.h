@@ -149,7 +149,8 @@ public:
 
     std::vector<llama_seq_id> to_select; // sequences that have to select before the batch goes on
 
-    bool selection_failed = false; // the batch that needed it has to fail
+    enum class selection { none, done, failed };
+    selection selected = selection::none; // what became of them: the batch goes on, or has to fail
 
     int64_t fail_in = -1; // see ziggurat_kv_test_fail_at
 

@@ -203,10 +203,11 @@ bool ziggurat_kv_context::select() {
     const ziggurat_kv_uninterrupted guard(*lctx);
     for (const auto s : to_select) {
         if (!select(s)) {
-            kv->selection_failed = true;
+            kv->selected = ziggurat_kv_cache::selection::failed;
             return false;
         }
     }
+    kv->selected = ziggurat_kv_cache::selection::done;
     return true;
 }
 

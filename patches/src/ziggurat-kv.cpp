@@ -184,7 +184,7 @@ int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id) {
     } catch (const std::exception & e) {
         kv->refusal = e.what();
     }
-    kv->selection_failed = false;
+    kv->selected = ziggurat_kv_cache::selection::none;
     return kv->refusal.empty() ? n_layers : -2;
 }
 

@@ -96,10 +96,10 @@ class Schedule(RuleBasedStateMachine):
     def _due(self, indices: Iterable[int]) -> set[int]:
         """Of sequences that take a step together, those that select first: as late as their room lets them, singly."""
         rooms = sorted((self._room(self.sequences[i]), i) for i in indices if self.sequences[i].overflows(0))
-        due = {index for room, index in rooms if room == 0}
-        if not due and any(room <= turn for turn, (room, _) in enumerate(rooms)):
-            due.add(rooms[0][1])
-        return due
+        if not any(room <= turn for turn, (room, _) in enumerate(rooms)):
+            return set()
+        count = max(turn // (room + 1) + 1 for turn, (room, _) in enumerate(rooms))
+        return {index for _, index in rooms[:count]}
 
     def _refused(self, sequence: Expected, n: int) -> bool:
         return n > 1 and sequence.overflows(n) and max(sequence.used) + n > N_CTX
