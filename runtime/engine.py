@@ -147,7 +147,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since ``load``; cheap enough to read ten times a second."""
+    """Counters since ``load``; cheap enough to read ten times a second.
+
+    ``prompt_progress`` is the part of its prompt, 0.0 to 1.0, that the running request has read; None when none runs.
+    """
 
     loaded: bool = False
     running: int = 0
@@ -158,6 +161,7 @@ class EngineStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     kv_bytes: int = 0
+    prompt_progress: float | None = None
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""One generation as resumable steps: read the prompt chunk by chunk, then one token a step.
+"""One generation as resumable steps: read the prompt piece by piece, then one token a step.
 
 The engine decides when a step runs; nothing here knows of threads or queues, so a scheduler of many sequences can
 interleave these steps.
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ziggurat.runtime.bindings import Batch, Context
+from ziggurat.runtime.bindings import Batch, Context, Progress
 from ziggurat.runtime.engine import FinishReason, GenerationRequest, GenerationStats, TokenEvent
 from ziggurat.runtime.sampling import build_chain
 from ziggurat.runtime.text import TextAssembler
@@ -63,6 +63,7 @@ class Generation:
         self._chain = build_chain(self._sampling, self._vocab)
         self._text = TextAssembler(request.stop)
         self._n_read = 0
+        self._progress: Progress | None = None
         self._pending: int | None = None  # sampled, not yet decoded
         self._started = self._prompt_done = self._last = clock()
         self._first_token = 0.0
@@ -74,23 +75,41 @@ class Generation:
         """Tokens of the prompt."""
         return len(self._tokens)
 
-    def step(self, batch: Batch) -> TokenEvent | None:
-        """Read one chunk of the prompt, or make one token; ``batch`` is emptied and used.
+    @property
+    def prompt_progress(self) -> float:
+        """The part of the prompt's computation that is done, 0.0 to 1.0."""
+        if self._progress is not None:
+            return self._progress.fraction
+        return self._n_read / self.n_prompt
 
-        Raises what ``Context.decode`` raises; the sequence's rows are then the caller's to remove.
+    def step(self, batch: Batch) -> TokenEvent | None:
+        """Read a piece of the prompt, or make one token; ``batch`` is emptied and used.
+
+        A piece is a batch, or with a KV budget one step of ``Context.prompt_step``. Raises what ``Context.decode``
+        raises; the sequence's rows are then the caller's to remove.
         """
         batch.clear()
         if self._n_read < self.n_prompt:
-            return self._read_chunk(batch)
+            if self._n_read == 0 and self._progress is None:
+                self._started = self._clock()
+            return self._read_step() if self._context.kv_active else self._read_chunk(batch)
         assert self._pending is not None
         index = batch.add((self._pending,), self.n_prompt + self.n_generated - 1, self._sequence, output_last=True)
         self._context.decode(batch)
         self._decode_steps += 1
         return self._choose(index)
 
+    def _read_step(self) -> TokenEvent | None:
+        if self._progress is None:
+            self._context.prompt_begin(self._sequence, self._tokens)
+        self._progress = self._context.prompt_step(self._sequence, 1)
+        if not self._progress.finished:
+            return None
+        self._n_read = self.n_prompt
+        self._prompt_rows = self._rows(self._n_read)
+        return self._choose(-1)
+
     def _read_chunk(self, batch: Batch) -> TokenEvent | None:
-        if self._n_read == 0:
-            self._started = self._clock()
         chunk = self._tokens[self._n_read : self._n_read + batch.capacity]
         last = self._n_read + len(chunk) == self.n_prompt
         index = batch.add(chunk, self._n_read, self._sequence, output_last=last)

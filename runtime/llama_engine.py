@@ -31,13 +31,14 @@ __all__ = ["EngineSettings", "LlamaEngine"]
 
 @dataclass(eq=False)
 class _Job:
-    """A queued request: its tokens, and where its events go."""
+    """A queued request: its tokens, where its events go, and the part of its prompt that is read."""
 
     request: GenerationRequest
     tokens: list[int]
     channel: Channel[Event]
     submitted: float
     cancelled: bool = False
+    prompt_progress: float = 0.0
 
 
 @dataclass
@@ -139,12 +140,14 @@ class LlamaEngine:
         """Return the counters; see ``Engine.stats``."""
         state = self._state
         with state.lock:
-            running = state.current is not None
+            current = state.current
+            running = current is not None
             return replace(
                 state.stats,
                 loaded=self._loaded is not None and not state.closing,
                 running=int(running),
                 queued=len(state.jobs) - running,
+                prompt_progress=current.prompt_progress if current is not None else None,
                 kv_bytes=self._loaded.info.kv_bytes if self._loaded else 0,
             )
 
@@ -243,6 +246,7 @@ class _Worker:
                     event = generation.step(serving.batch)
                 except DecodeAborted:
                     continue  # closing or cancelled: the checks above tell which
+                job.prompt_progress = generation.prompt_progress
                 if event is not None:
                     job.channel.push(event)
             rest = generation.finish()

@@ -9,7 +9,7 @@ abort the process (a token id out of range, logits never computed, an oversized 
 from ziggurat.runtime.bindings.abort import AbortFlag
 from ziggurat.runtime.bindings.batch import Batch
 from ziggurat.runtime.bindings.context import CACHE_TYPES, FLASH_ATTENTION, Context, ContextSettings
-from ziggurat.runtime.bindings.kv import KVLayout, KVSettings
+from ziggurat.runtime.bindings.kv import KVLayout, KVSettings, Progress
 from ziggurat.runtime.bindings.library import Device, LibraryInfo, devices, probe, supports_gpu_offload, system_info
 from ziggurat.runtime.bindings.memory import BufferMemory, can_measure, measure
 from ziggurat.runtime.bindings.model import Model
@@ -30,6 +30,7 @@ __all__ = [
     "KVSettings",
     "LibraryInfo",
     "Model",
+    "Progress",
     "SamplerChain",
     "Simulation",
     "Vocab",

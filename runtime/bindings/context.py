@@ -35,7 +35,7 @@ class ContextSettings:
     computed at once; both in tokens. ``type_k`` and ``type_v`` are keys of ``CACHE_TYPES``. ``n_threads`` computes
     single tokens, ``n_threads_batch`` (default: the same) prompts. ``swa_full`` keeps whole-context rows in
     sliding-window layers as well. ``kv`` bounds the rows that stay of a prompt: ``n_ctx`` then bounds the prompt alone,
-    and ``n_batch`` is raised to it unless prompts are read in chunks, since one has to arrive in one batch.
+    and ``n_batch`` is raised to it unless prompts are read in chunks, so that a whole one can be a batch.
     """
 
     n_ctx: int

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from ziggurat.runtime.bindings import KVLayout, KVSettings, kv, library
+from ziggurat.runtime.bindings import Batch, KVLayout, KVSettings, Progress, kv, library
+from ziggurat.runtime.errors import ContextError, DecodeAborted
 
+STEP = 32  # tokens
 LAYOUT = KVLayout(1000, 200, 30, 60, 400, 50, stage_rows=256, layer_major=True)
 
 
@@ -36,6 +39,23 @@ class WholeCache:
         memory = library.api().llama_get_memory(self._handle)
         seen = library.api().llama_memory_seq_pos_max(memory, sequence) + 1
         return tuple(min(seen, rows) for rows in self._budgets.get(sequence, self._settings.rows))
+
+    def prompt_begin(self, sequence: int, tokens: Sequence[int]) -> None:
+        self._prompt = list(tokens)
+
+    def prompt_step(self, sequence: int, max_steps: int) -> Progress:
+        """Decode the next tokens as a batch."""
+        assert max_steps == 1
+        memory = library.api().llama_get_memory(self._handle)
+        read = library.api().llama_memory_seq_pos_max(memory, sequence) + 1
+        batch = Batch(STEP, sequence + 1)
+        part = self._prompt[read : read + STEP]
+        last = read + len(part) == len(self._prompt)
+        batch.add(part, read, sequence, output_last=last)
+        status = library.api().llama_decode(self._handle, batch.native(library.api()))
+        if status:
+            raise DecodeAborted("aborted", status) if status == 2 else ContextError(self.refusal())
+        return Progress(-(-(read + len(part)) // STEP), -(-len(self._prompt) // STEP), len(self._prompt), last)
 
     def set_budget(self, sequence: int, rows: tuple[int, ...] | None) -> None:
         assert rows is not None

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ import pytest
 from helpers import whole_cache
 from models.exact_copy import CopyModel, write_gguf
 from ziggurat.runtime import cli
-from ziggurat.runtime.bindings import Batch, Context, KVSettings, Model, kv
+from ziggurat.runtime.bindings import Batch, Context, KVSettings, Model, Progress, kv
 from ziggurat.runtime.budget import Budget, Uniform, parse_budget
 from ziggurat.runtime.engine import FinishEvent, GenerationRequest
 from ziggurat.runtime.errors import ContextError
@@ -95,7 +94,7 @@ def test_one_context_serves_all_prompts_when_it_can(made: list[KVSettings], spm_
         assert len(made) == 1
 
 
-def test_a_prompt_is_one_batch_and_the_generation_has_no_end(
+def test_a_prompt_is_read_in_steps_and_the_generation_has_no_end(
     made: list[KVSettings], batches: list[list[tuple[int, int]]], spm_path: Path
 ) -> None:
     with LlamaEngine(spm_path, EngineSettings(n_ctx=250, n_batch=32, n_ubatch=32, threads=1, kv=POLICY)) as engine:
@@ -103,7 +102,7 @@ def test_a_prompt_is_one_batch_and_the_generation_has_no_end(
         # the stand-in's cache has 256 rows, and is full then
         with pytest.raises(ContextError, match="the stand-in refuses"):
             finish(engine, [5] * 250, None)
-        assert [(0, 250)] in batches
+        assert batches == [[(0, 1)]] * 7  # the prompt is none of them
         assert finish(engine, [5] * 240, 16).reason == "length"
 
 
@@ -291,21 +290,24 @@ def test_a_prompt_that_is_cancelled_leaves_the_engine_as_it_was(
     with LlamaEngine(spm_path, EngineSettings(n_ctx=2048, n_ubatch=16, threads=1, kv=policy)) as engine:
         engine.load()
         wanted = [event for event in engine.stream(request) if not isinstance(event, FinishEvent)]
-        original = Context.decode
+        original, seen = Context.prompt_step, []
 
-        def cancelled(context: Context, batch: Batch) -> None:
-            if len(batch) > 1:
-                threading.Timer(0.02, engine.cancel, (request.id,)).start()
-            original(context, batch)
+        def cancelled(context: Context, sequence: int, max_steps: int) -> Progress:
+            seen.append(engine.stats().prompt_progress)
+            if len(seen) == 20:
+                engine.cancel(request.id)
+            return original(context, sequence, max_steps)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Context, "decode", cancelled)
+            patch.setattr(Context, "prompt_step", cancelled)
             *events, last = engine.stream(request)
         assert isinstance(last, FinishEvent)
-        assert last.reason == "cancelled"
-        if not events:  # else it was faster than the timer
-            assert last.stats.kv_rows_per_layer in ((), (0, 0))
-            assert last.stats.evicted_rows == 0
+        assert (events, last.reason) == ([], "cancelled")
+        assert (last.stats.kv_rows_per_layer, last.stats.evicted_rows) == ((0, 0), 0)
+        assert seen[0] == 0.0
+        assert len(set(seen)) == 20  # 125 ubatches in each of two layers
+        assert seen[-1] == 19 / 250
+        assert engine.stats().prompt_progress is None
         again = [event for event in engine.stream(request) if not isinstance(event, FinishEvent)]
     assert again == wanted
 

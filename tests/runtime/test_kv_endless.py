@@ -1,4 +1,4 @@
-"""Generations without an end: rows are selected again and again, and never of two sequences in one step if it can be."""
+"""Generations without an end: rows are selected again and again, of one sequence in a step where that can be."""
 
 from __future__ import annotations
 

@@ -196,8 +196,8 @@ def test_aborted_at_any_time(kv_model: BudgetModel, steps: int) -> None:
         context.read_in_steps(prompt(0), 1)
         context.read_in_steps(text, 1)
         whole = calls // 2
-        for limit in np.linspace(1, whole * 0.6, 25).astype(int):
-            calls = 0
+        for at in np.linspace(1, whole * 0.6, 25):
+            calls, limit = 0, int(at)
             with pytest.raises(Aborted):
                 context.read_in_steps(text, 0, steps) if steps == 1 else context.read(text)
             assert state(context, 0) == before
