@@ -1,10 +1,10 @@
 """What a KV budget takes: arithmetic over the formulas of the patched library's cache (``ziggurat-kv-cache.cpp``).
 
 Rows are allocated per layer, with room for generated tokens, and beside them what selecting needs: positions of the
-rows that were selected, per KV head, and the queries of each sequence's last tokens. A prompt is read into a copy of its
-sequence, through the stage, which holds one layer, with its hidden states between the layers; models whose graph is not
-cut into layers get a lane instead, a full cache for one prompt. All of that is there for as many prompts as may be read
-at a time.
+rows that were selected, per KV head, and the queries of each sequence's last tokens. A prompt is read into a copy of
+its sequence, through the stage, which holds one layer, with its hidden states between the layers; models whose graph is
+not cut into layers get a lane instead, a full cache for one prompt. All of that is there for as many prompts as may be
+read at a time.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Parts, chosen by flags:
 
     --gap 12288       the time between two tokens of 4 decoding sequences, undisturbed and while a prompt of that length
-                      is read for a fifth, one step of it (a ubatch in one layer) before each of their tokens; against it
-                      the same prompt read with nobody else, in one call. Interleaved, as often as --rounds says.
+                      is read for a fifth, one step of it (a ubatch in one layer) before each of their tokens; against
+                      it the same prompt read with nobody else, in one call. Interleaved, as often as --rounds says.
     --endless 10000   so many tokens of 4 sequences on a budget of --endless-rows: resident memory and buffers on the
                       way, and how many sequences selected in one step at most
 
