@@ -184,27 +184,27 @@ void ziggurat_kv_cache::make_stage(bool shared) {
 
     stage_rows = chunked ? GGML_PAD(max_capacity + n_ubatch, ROW_PADDING) : n_ctx;
 
-    // per buffer type: the bytes of the widest layer, or of all, and how many of them are given away
-    struct pool { size_t size = 0; size_t used = 0; ggml_tensor * bytes = nullptr; };
+    // Per buffer type, for K and for V: the bytes of one prompt in the widest layer, or in all. K and V lie apart, and
+    // each prompt's rows apart from the others', whichever layer they are of: what is masked may be of another layer
+    // but not of another type, and the prompts are in different layers at a time.
+    struct pool { size_t size[2] = {}; size_t used[2] = {}; ggml_tensor * bytes = nullptr; };
     std::map<ggml_backend_buffer_type_t, pool> pools;
 
-    const auto row_size = [&](const ggml_tensor * t) { return ggml_row_size(t->type, t->ne[0]); };
     for (const auto & layer : layers) {
-        const size_t size = (row_size(layer.k) + row_size(layer.v))*stage_rows*n_reading;
         auto & p = pools[layer.buft];
-        p.size = shared ? std::max(p.size, size) : p.size + size;
+        for (const bool value : { false, true }) {
+            const size_t size = (value ? layer.v : layer.k)->nb[1]*stage_rows;
+            p.size[value] = shared ? std::max(p.size[value], size) : p.size[value] + size;
+        }
     }
     for (auto & [buft, p] : pools) {
-        p.bytes = ggml_new_tensor_1d(stage_arena.context(buft, 2*layers.size() + 2), GGML_TYPE_I8, p.size);
+        p.bytes = ggml_new_tensor_1d(stage_arena.context(buft, 2*layers.size() + 2), GGML_TYPE_I8, (p.size[0] + p.size[1])*n_reading);
         ggml_set_name(p.bytes, "kv_stage");
     }
     for (auto & layer : layers) {
         auto & p = pools[layer.buft];
-        if (shared) {
-            p.used = 0;
-        }
-        for (const bool key : { true, false }) {
-            const ggml_tensor * like = key ? layer.k : layer.v;
+        for (const bool value : { false, true }) {
+            const ggml_tensor * like = value ? layer.v : layer.k;
             ggml_tensor * t = ggml_view_tensor(stage_arena.context(layer.buft, 0), p.bytes);
             t->type  = like->type;
             t->ne[0] = like->ne[0];
@@ -212,11 +212,13 @@ void ziggurat_kv_cache::make_stage(bool shared) {
             t->ne[2] = n_reading;
             t->nb[0] = like->nb[0];
             t->nb[1] = like->nb[1];
-            t->nb[2] = t->nb[1]*stage_rows;
+            t->nb[2] = p.size[value];
             t->nb[3] = t->nb[2]*n_reading;
-            t->view_offs = p.used;
-            p.used += t->nb[3];
-            (key ? layer.stage_k : layer.stage_v) = t;
+            t->view_offs = (value ? p.size[0]*n_reading : 0) + p.used[value];
+            if (!shared) {
+                p.used[value] += t->nb[1]*stage_rows;
+            }
+            (value ? layer.stage_v : layer.stage_k) = t;
         }
     }
     if (shared) {

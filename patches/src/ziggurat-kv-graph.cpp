@@ -113,8 +113,7 @@ void ziggurat_kv_input::set_input(const llama_ubatch * ubatch) {
     for (int64_t column = 0; column < row_idxs->ne[1]; ++column) {
         const uint32_t il = step.layer < 0 ? column : step.layer;
         for (uint32_t s = 0; s < n_seqs; ++s, idx += n_seq_tokens) {
-            const int64_t place = step.staged ? (int64_t) stage*kv.stage_rows
-                                              : (int64_t) (first_plane + s)*kv.layers[il].capacity;
+            const int64_t place = step.staged ? 0 : (int64_t) (first_plane + s)*kv.layers[il].capacity;
             std::iota(idx, idx + n_seq_tokens, place + plans[il].past[s]);
         }
     }
@@ -199,7 +198,8 @@ void ziggurat_kv_input::store(
     const auto put = [&](ggml_tensor * rows, ggml_tensor * cur) {
         GGML_ASSERT(ggml_row_size(cur->type, cur->ne[0]) == cur->nb[1]); // heads of a token lie side by side
         cur = ggml_view_2d(ctx, cur, cur->ne[0]*cur->ne[1], n_tokens, cur->nb[2], 0);
-        rows = ggml_reshape_2d(ctx, rows, rows->ne[0], rows->ne[1]*rows->ne[2]); // plane after plane
+        rows = step.staged ? ggml_view_2d(ctx, rows, rows->ne[0], rows->ne[1], rows->nb[1], stage*rows->nb[2])
+                           : ggml_reshape_2d(ctx, rows, rows->ne[0], rows->ne[1]*rows->ne[2]); // plane after plane
         effects[il].push_back(ggml_set_rows(ctx, rows, cur, idxs));
     };
     put(k_rows, k_cur);

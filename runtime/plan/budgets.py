@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ziggurat.runtime.bindings.context import ContextSettings
 from ziggurat.runtime.bindings.kv import KVSettings
-from ziggurat.runtime.plan.kv import CACHE_TYPE_BLOCKS, KVShape, bytes_per_token, padded
+from ziggurat.runtime.plan.kv import CACHE_TYPE_BLOCKS, KVShape, bytes_per_token, padded, row_bytes
 
 _POSITION, _HIDDEN = 4, 4
 _RING_SPARE = 16  # queries kept beyond the window
@@ -92,6 +92,8 @@ def budget_memory(
     n_reading = min(kv.n_reading, n_seq)
     per_row = bytes_per_token(shape, settings.type_k, settings.type_v)
     stock = bytes_per_token(shape, settings.type_k, settings.type_v, flash_attention=settings.flash_attention != "off")
+    widest_k = max(row_bytes(shape.key_width(layer), settings.type_k) for layer in range(shape.n_layer))
+    widest_v = max(row_bytes(shape.value_width(layer), settings.type_v) for layer in range(shape.n_layer))
     capacity = row_capacity(kv, full)
     evicts = any(rows < full for rows in kv.rows)
     layers = range(shape.n_layer)
@@ -113,7 +115,7 @@ def budget_memory(
         positions=_times(n_seq + 1, positions) if evicts else none,  # and what a selection is about to keep
         queries=_times(n_seq, queries) if evicts else none,
         copies=_times(n_reading, one) if evicts else none,
-        stage=n_reading * stage_rows * (max(per_row) if layer_major else sum(per_row)) if evicts else 0,
+        stage=n_reading * stage_rows * (widest_k + widest_v if layer_major else sum(per_row)) if evicts else 0,
         stage_rows=stage_rows if evicts else 0,
         hidden=n_reading * n_embd * hidden_tokens * _HIDDEN if layer_major else 0,
         layer_major=layer_major,

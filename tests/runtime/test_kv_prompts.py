@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.kv_library import Aborted, Budget, BudgetContext, BudgetModel, Part, Refused
-from helpers.kv_models import BUDGET, prompt, state, tokens
+from helpers.kv_models import BUDGET, Models, prompt, state, tokens
 
 PREFILLS = ("exact", "lane", "chunked")
 
@@ -325,3 +325,23 @@ def test_faults_in_a_selection(kv_model: BudgetModel) -> None:
         assert state(context, 0) == state(quiet, 0)
         assert np.array_equal(context.read([6]), quiet.read([6]))
         assert wanted.shape
+
+
+@pytest.mark.parametrize("types", [("f16", "f32"), ("f32", "f16"), ("f16", "f16")], ids="-".join)
+def test_layers_of_different_widths_share_a_stage(kv_files: Models, types: tuple[str, str]) -> None:
+    """Neither takes another prompt's rows for its own, nor V of one layer for K of the next one."""
+    texts = {0: tokens(410, 1), 2: tokens(300, 2)}  # the second is in a narrower layer while the first is in a wide one
+    with BudgetModel(kv_files["uneven"]) as model, \
+         model.context(512, replace(BUDGET, n_reading=2), n_seq=3, ubatch=64, types=types) as context, \
+         model.context(512, BUDGET, n_seq=3, ubatch=64, types=types) as quiet:  # fmt: skip
+        for sequence, text in texts.items():
+            context.begin(text, sequence)
+        got: dict[int, np.ndarray] = {}
+        for turn in range(60):
+            sequence = (0, 2)[turn % 2]
+            if sequence not in got and context.step(sequence).finished:
+                got[sequence] = context._logits([-1])
+        for sequence, text in texts.items():
+            assert np.isfinite(got[sequence]).all()
+            assert np.array_equal(got[sequence], quiet.read(text, sequence))
+            assert state(context, sequence) == state(quiet, sequence)
