@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 @click.option(
     "--parallel", type=click.IntRange(1, 256), default=1, show_default=True, metavar="N", help="Conversations at once."
 )
+@click.option(
+    "--kv-reading",
+    type=click.IntRange(1),
+    metavar="N",
+    help="With a KV budget, prompts that may be read at a time, each in memory of its own; default: 1.",
+)
 @click.option("--batch", type=click.IntRange(1), default=2048, show_default=True, metavar="N", help="Largest batch.")
 @click.option(
     "--flash-attention", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True, help="As in run."

@@ -31,7 +31,8 @@ _LIBRARY_ROWS = 256  # rows of a context are allocated in such steps
 
 @dataclass(frozen=True)
 class KVPolicy:
-    """A budget with its schedule (how many rows each layer keeps) and score (which); see ``KVSettings`` for the rest.
+    """A budget with its schedule (how many rows each layer keeps) and score (which); see ``KVSettings`` for the rest, where
+    ``reading`` is ``n_reading``, the prompts that may be read at a time.
 
     A part of the prompt that has no room for window and sinks is raised to them; a number of rows that has none is
     refused with InvalidRequestError.
@@ -47,6 +48,7 @@ class KVPolicy:
     slack: int = 64
     prefill: str = "exact"
     seed: int = 0
+    reading: int = 1
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -93,11 +95,12 @@ class KVPolicy:
             score=self.score,
             prefill=self.prefill,
             seed=self.seed,
+            n_reading=self.reading,
         )
 
     def as_json(self) -> dict[str, Any]:
         """Return it as reports have it."""
-        names = ("score", "window", "sinks", "pool", "pool_type", "slack", "prefill", "seed")
+        names = ("score", "window", "sinks", "pool", "pool_type", "slack", "prefill", "seed", "reading")
         return {
             "budget": str(self.budget),
             "schedule": self.schedule.method.name,
@@ -138,6 +141,7 @@ _OPTIONS = (
     "kv_pool",
     "kv_pool_type",
     "kv_prefill",
+    "kv_reading",
 )
 
 

@@ -80,23 +80,24 @@ bool ziggurat_kv_cache::has_place(llama_seq_id seq_id, uint32_t n_tokens) {
     return false;
 }
 
+bool ziggurat_kv_cache::has_free_reading() {
+    if (reading_of(-1) < 0) {
+        refusal = format("%u prompts are being read, as many as there may be at a time", n_reading);
+        return false;
+    }
+    return true;
+}
+
 ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_t n_tokens) {
     if (evicts && n_tokens == 1) {
         return need::in_place;
     }
-    // a few tokens leave the queries before them in the ring, so that nothing is lost if they fail
-    const bool can_undo = seqs[seq_id].next == 0 || n_tokens <= ZIGGURAT_KV_RING_SPARE || !uses_queries();
-    if (fits_budget(seq_id, n_tokens) && (can_undo || !evicts)) {
+    // rows are written beside those that are there, but only so many queries are
+    const bool can_undo = !evicts || !uses_queries() || seqs[seq_id].next == 0 || n_tokens <= ZIGGURAT_KV_RING_SPARE;
+    if (fits_budget(seq_id, n_tokens) && can_undo) {
         return need::in_place;
     }
-    if (!has_place(seq_id, n_tokens)) {
-        return need::refused;
-    }
-    if (std::none_of(readings.begin(), readings.end(), [](const auto & r) { return r.seq_id < 0; })) {
-        refusal = format("%u prompts are being read, as many as there may be at a time", n_reading);
-        return need::refused;
-    }
-    return need::prompt;
+    return has_place(seq_id, n_tokens) && has_free_reading() ? need::prompt : need::refused;
 }
 
 // A sequence selects when one of its layers is full, or earlier by as many tokens as it takes for no two sequences to

@@ -94,7 +94,7 @@ public:
 
     llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
     llama_memory_context_ptr init_full() override;
-    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+    llama_memory_context_ptr init_update(llama_context * ctx, bool optimize) override;
     std::vector<llama_memory_context_ptr> init_staged() override;
     uint32_t n_extra_nodes() const override;
 
@@ -180,7 +180,7 @@ public:
     // What seqs[index] holds, from one plane to another. Waits for the computation that is running.
     void copy_plane(uint32_t index, uint32_t from, uint32_t to);
 
-    // The prompt being read for a sequence, -1 if there is none.
+    // The prompt being read for a sequence, -1 if there is none. Of sequence -1: one that is free.
     int32_t reading_of(llama_seq_id seq_id) const;
 
     // Takes one of the readings, -1 if none is free, and makes it a copy of the sequence.
@@ -204,9 +204,10 @@ private:
     enum class need { in_place, prompt, refused };
     need classify(llama_seq_id seq_id, uint32_t n_tokens);
 
-    // whether n more tokens have positions, and places: the reason why not is in `refusal`
+    // whether n more tokens have positions and places, and another prompt may be read: why not is in `refusal`
     bool can_go_on(llama_seq_id seq_id, uint32_t n_tokens);
     bool has_place(llama_seq_id seq_id, uint32_t n_tokens);
+    bool has_free_reading();
     bool fits_budget(uint32_t index, uint32_t n_tokens) const;
     bool check_positions(const llama_batch & batch, std::vector<uint32_t> & n_tokens, std::vector<llama_seq_id> & order);
 

@@ -163,14 +163,10 @@ bool ziggurat_kv_cache::begin_prompt(llama_seq_id seq_id, const llama_token * to
             return false;
         }
     }
-    if (!can_go_on(seq_id, n) || !has_place(seq_id, n)) {
+    if (!can_go_on(seq_id, n) || !has_place(seq_id, n) || !has_free_reading()) {
         return false;
     }
     const int32_t r = begin_reading(seq_id);
-    if (r < 0) {
-        refusal = format("%u prompts are being read, as many as there may be at a time", n_reading);
-        return false;
-    }
     std::vector<uint32_t> sizes;
     for (size_t i = 0; i < n; i += n_ubatch) {
         sizes.push_back(std::min<size_t>(n - i, n_ubatch));

@@ -103,7 +103,8 @@ ZIGGURAT_API int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_
 // abort, a failure or a cancellation at any step changes nothing in it. While it is being read it can be asked about,
 // cleared or removed as a whole (which cancels), and refuses everything else.
 //
-// The results are those of one llama_decode of the whole prompt, to the last bit.
+// The results are those of one llama_decode of the whole prompt, to the last bit. (Of a single token where a layer is
+// full they are not: a decode step selects before it, a prompt after.)
 
 struct ziggurat_kv_progress {
     uint32_t steps_done;

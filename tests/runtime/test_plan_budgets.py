@@ -150,7 +150,13 @@ def test_the_command_shows_them(capsys: pytest.CaptureFixture[str], spm_path: Pa
     assert code == 0
     assert "KV budget 12%:" in text
     assert "480 on average; to keep every row would take 1.00 MiB" in text
-    assert "stage of one layer" in text
+    assert "while a prompt is read: stage of one layer" in text
+    arguments += ["--parallel", 4, "--kv-reading", 3]
+    three = json.loads(ziggurat(capsys, *arguments, "--json")[1])["plan"]["kv_budget"]
+    assert three["prompts_at_a_time"] == 3
+    for part in ("copy_bytes", "stage_bytes", "hidden_bytes"):
+        assert three[part] == 3 * budget[part]
+    assert "while 3 prompts are read: stage of one layer" in " ".join(ziggurat(capsys, *arguments)[1].split())
 
 
 def test_the_command_says_when_a_model_cannot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
