@@ -31,11 +31,10 @@ _LIBRARY_ROWS = 256  # rows of a context are allocated in such steps
 
 @dataclass(frozen=True)
 class KVPolicy:
-    """A budget with its schedule (how many rows each layer keeps) and score (which); see ``KVSettings`` for the rest, where
-    ``reading`` is ``n_reading``, the prompts that may be read at a time.
+    """A budget with its schedule (how many rows each layer keeps) and score (which); see ``KVSettings`` for the rest.
 
-    A part of the prompt that has no room for window and sinks is raised to them; a number of rows that has none is
-    refused with InvalidRequestError.
+    ``reading`` is what ``n_reading`` is there, the prompts that may be read at a time. A part of the prompt that has no
+    room for window and sinks is raised to them; a number of rows that has none is refused with InvalidRequestError.
     """
 
     budget: Budget

@@ -8,10 +8,12 @@ Parts, chosen by flags:
     --endless 10000   so many tokens of 4 sequences on a budget of --endless-rows: resident memory and buffers on the
                       way, and how many sequences selected in one step at most
 
-The model is random, of a 0.3B Llama's shape in Q4_0, made in --work unless it is there. The budget is a pyramid of
---rows on average. Times are in seconds. The last line is JSON; --json FILE appends it to that file's list.
+The model is --model, or a random one of a 0.3B Llama's shape in Q4_0, made in --work unless it is there. The budget is
+a pyramid of --rows on average. Times are in seconds, of the clock, or with --cpu-time of this process, which a busy
+machine changes less; with one thread they are the same on an idle one. The last line is JSON; --json FILE appends it to
+that file's list.
 
-usage: python tests/benchmarks/kv_gap.py --work FOLDER --gap 12288 [--threads 2] [--rounds 3]
+usage: python tests/benchmarks/kv_gap.py --work FOLDER --gap 12288 [--threads 1] [--rounds 2] [--cpu-time]
 """
 
 from __future__ import annotations
@@ -45,10 +47,16 @@ def make(model: BudgetModel, rows: int, n_ctx: int, n_seq: int, threads: int) ->
     return model.context(n_ctx, budget, n_seq=n_seq, ubatch=UBATCH, flash=True, types=("f16", "f16"), threads=threads)
 
 
+class Clock:
+    """The one that times are taken from: of the wall, or of this process."""
+
+    now = staticmethod(time.perf_counter)
+
+
 def step(context: BudgetContext) -> float:
     """One token of every decoding sequence; return when it was there."""
     context.decode(*(Part(sequence, [7 + sequence]) for sequence in range(DECODING)))
-    return time.perf_counter()
+    return Clock.now()
 
 
 def gaps_undisturbed(context: BudgetContext, count: int) -> list[float]:
@@ -59,9 +67,9 @@ def gaps_undisturbed(context: BudgetContext, count: int) -> list[float]:
 def read_alone(context: BudgetContext, prompt: list[int]) -> float:
     """Seconds for a prompt in one call."""
     context.remove(DECODING)
-    begun = time.perf_counter()
+    begun = Clock.now()
     context.read(prompt, DECODING)
-    return time.perf_counter() - begun
+    return Clock.now() - begun
 
 
 def read_beside(context: BudgetContext, prompt: list[int]) -> tuple[list[float], list[float]]:
@@ -71,9 +79,9 @@ def read_beside(context: BudgetContext, prompt: list[int]) -> tuple[list[float],
     gaps, steps, finished = [], [], False
     last = step(context)
     while not finished:
-        begun = time.perf_counter()
+        begun = Clock.now()
         finished = bool(context.step(DECODING).finished)
-        steps.append(time.perf_counter() - begun)
+        steps.append(Clock.now() - begun)
         now = step(context)
         gaps.append(now - last)
         last = now
@@ -98,9 +106,9 @@ def gap(model: BudgetModel, options: argparse.Namespace) -> Figures:
         for turn in range(options.rounds):
             quiet += gaps_undisturbed(context, options.steps)
             alone = read_alone(context, prompt) if turn % 2 else 0.0
-            begun = time.perf_counter()
+            begun = Clock.now()
             own_gaps, own_steps = read_beside(context, prompt)
-            wall = time.perf_counter() - begun
+            wall = Clock.now() - begun
             alone = alone or read_alone(context, prompt)
             rounds.append((alone, sum(own_steps), wall))
             print(json.dumps({"alone": alone, "steps": sum(own_steps), "wall": wall, "p95": p95(own_gaps)}), flush=True)
@@ -110,7 +118,7 @@ def gap(model: BudgetModel, options: argparse.Namespace) -> Figures:
     bound = 3 * undisturbed + p95(steps)
     return {
         "part": "gap", "tokens": options.gap, "decoding": DECODING, "rows": options.rows, "threads": options.threads,
-        "rounds": options.rounds, "steps": len(steps) // options.rounds,
+        "cpu_time": options.cpu_time, "rounds": options.rounds, "steps": len(steps) // options.rounds,
         "undisturbed_gap_median_s": undisturbed, "undisturbed_gap_p95_s": p95(quiet),
         "gap_median_s": statistics.median(gaps), "gap_p95_s": p95(gaps), "gap_max_s": max(gaps),
         "step_median_s": statistics.median(steps), "step_p95_s": p95(steps),
@@ -137,7 +145,7 @@ def endless(model: BudgetModel, options: argparse.Namespace) -> Figures:
         for sequence in range(DECODING):
             context.read(tokens(1000, sequence), sequence)
         rows = [context.rows(sequence) for sequence in range(DECODING)]
-        begun = time.perf_counter()
+        begun = Clock.now()
         for count in range(1, options.endless + 1):
             step(context)
             before, rows = rows, [context.rows(sequence) for sequence in range(DECODING)]
@@ -147,7 +155,7 @@ def endless(model: BudgetModel, options: argparse.Namespace) -> Figures:
                 buffers = measure(context)  # type: ignore[arg-type]  # it asks for the handle alone
                 marks.append((resident(), sum(b.context for b in buffers), sum(b.compute for b in buffers)))
                 print(json.dumps({"tokens": count, "resident": marks[-1][0]}), flush=True)
-        seconds = time.perf_counter() - begun
+        seconds = Clock.now() - begun
         layout = context.layout()
     assert layout is not None
     return {
@@ -160,18 +168,24 @@ def endless(model: BudgetModel, options: argparse.Namespace) -> Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--work", type=Path, help="folder for the random model")
+    parser.add_argument("--model", type=Path, metavar="GGUF", help="another model")
     parser.add_argument("--gap", type=int, metavar="TOKENS")
     parser.add_argument("--endless", type=int, metavar="TOKENS")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="times of this process")
     parser.add_argument("--rows", type=int, default=1024, help="mean over the layers (default: %(default)s)")
     parser.add_argument("--endless-rows", type=int, default=256, help="the same, of --endless (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of --gap (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="of --gap (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="undisturbed tokens of a round (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="append the result to this file's list")
     options = parser.parse_args()
+    if options.model is None and options.work is None:
+        parser.error("give --work or --model")
+    if options.cpu_time:
+        Clock.now = staticmethod(time.process_time)
     result: Figures = {"benchmark": "kv_gap", "runs": []}
-    with BudgetModel(ready_model(options)) as model:
+    with BudgetModel(options.model or ready_model(options)) as model:
         for asked, run in ((options.gap, gap), (options.endless, endless)):
             if asked:
                 result["runs"].append(run(model, options))

@@ -12,7 +12,14 @@ import pytest
 
 from helpers import tiny_models
 from ziggurat.runtime.bindings import Context, ContextSettings, KVSettings, Model, kv, library
-from ziggurat.runtime.errors import ContextError, DecodeError, InvalidRequestError, LibraryError
+from ziggurat.runtime.errors import (
+    ContextError,
+    DecodeAborted,
+    DecodeError,
+    InvalidRequestError,
+    LibraryError,
+    TokenError,
+)
 
 ROWS = (100, 90)
 
@@ -108,6 +115,9 @@ def test_a_context_without_a_budget_says_so(spm_model: Model) -> None:
             lambda: context.kv_positions(0, 0),
             lambda: context.set_kv_budget(0, ROWS),
             lambda: context.kv_select(0),
+            lambda: context.prompt_begin(0, [5]),
+            lambda: context.prompt_step(0, 1),
+            lambda: context.prompt_cancel(0),
         ):
             with pytest.raises(InvalidRequestError, match="no KV budget"):
                 call()
@@ -154,6 +164,55 @@ def test_rows_and_positions_after_a_prompt(spm_model: Model) -> None:
         assert context.kv_select(1) == 0
         assert context.remove(1)
         assert context.kv_rows(1) == (0, 0)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_prompt_in_steps(spm_model: Model) -> None:
+    with Context(spm_model, budget(n_seq_max=3, kv={"n_reading": 2})) as context:
+        read(context, TOKENS[:500])
+        wanted = context.logits(499)
+        assert context.kv_rows(0) == (100, 60)
+        context.prompt_begin(1, TOKENS[:500])
+        seen = []
+        while not (progress := context.prompt_step(1, 3)).finished:
+            seen.append(progress)
+            read(context, [5], 500 + len(seen) - 1)  # another sequence
+            with pytest.raises(InvalidRequestError, match="no logits"):
+                context.logits(-1)
+        # four ubatches in each of two layers
+        assert [(each.steps_done, each.steps, each.tokens, each.fraction) for each in seen] == [
+            (3, 8, 500, 3 / 8),
+            (6, 8, 500, 6 / 8),
+        ]
+        assert np.array_equal(context.logits(-1), wanted)
+        assert (context.kv_rows(1), context.last_position(1)) == ((100, 60), 499)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_prompt_in_steps_that_ends_early(spm_model: Model) -> None:
+    with Context(spm_model, budget(n_seq_max=3, kv={"n_reading": 2})) as context:
+        read(context, TOKENS[:50])
+        for sequence in (0, 1):
+            context.prompt_begin(sequence, TOKENS)
+            context.prompt_step(sequence, 5)
+        with pytest.raises(ContextError, match="2 prompts are being read"):
+            context.prompt_begin(2, TOKENS)
+        with pytest.raises(ContextError, match="being read for sequence 0"):
+            read(context, [5], 50)
+        assert context.prompt_cancel(1)
+        assert not context.prompt_cancel(1)
+        context.abort.set()
+        with pytest.raises(DecodeAborted):
+            context.prompt_step(0, 1)
+        context.abort.clear()
+        with pytest.raises(ContextError, match="no prompt is being read for sequence 0"):
+            context.prompt_step(0, 1)
+        assert context.kv_rows(0) == (50, 50)
+        for tokens, error in (([], ContextError), ([3, 10**6], TokenError), ([3] * 1000, ContextError)):
+            with pytest.raises(error):
+                context.prompt_begin(0, tokens)
+        with pytest.raises(InvalidRequestError, match="sequence 3 is not one of 3"):
+            context.prompt_begin(3, TOKENS)
 
 
 @pytest.mark.usefixtures("budgets")
