@@ -33,8 +33,9 @@ _LIBRARY_ROWS = 256  # rows of a context are allocated in such steps
 class KVPolicy:
     """A budget with its schedule (how many rows each layer keeps) and score (which); see ``KVSettings`` for the rest.
 
-    ``reading`` is what ``n_reading`` is there, the prompts that may be read at a time. A part of the prompt that has no
-    room for window and sinks is raised to them; a number of rows that has none is refused with InvalidRequestError.
+    ``reading`` and ``copies`` are ``n_reading`` and ``n_copies`` there: prompts that may be read at a time, and how
+    many of them after others. A part of the prompt that has no room for window and sinks is raised to them; a number of
+    rows that has none is refused with InvalidRequestError.
     """
 
     budget: Budget
@@ -48,6 +49,7 @@ class KVPolicy:
     prefill: str = "exact"
     seed: int = 0
     reading: int = 1
+    copies: int | None = None
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -95,6 +97,7 @@ class KVPolicy:
             prefill=self.prefill,
             seed=self.seed,
             n_reading=self.reading,
+            n_copies=self.copies,
         )
 
     def as_json(self) -> dict[str, Any]:

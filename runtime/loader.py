@@ -91,6 +91,7 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
         plan.check_cache_types(shape, settings.type_k, settings.type_v)
     if settings.kv is not None:
         kv.require()
+        settings = replace(settings, kv=replace(settings.kv, copies=0))  # every request begins with an empty cache
     expected = _check_memory(file, settings)
     model = Model(path, gpu_layers=settings.gpu_layers, progress=proceed)
     try:

@@ -80,12 +80,17 @@ bool ziggurat_kv_cache::has_place(llama_seq_id seq_id, uint32_t n_tokens) {
     return false;
 }
 
-bool ziggurat_kv_cache::has_free_reading() {
-    if (reading_of(-1) < 0) {
-        refusal = format("%u prompts are being read, as many as there may be at a time", n_reading);
-        return false;
+bool ziggurat_kv_cache::has_free_reading(llama_seq_id seq_id) {
+    if (free_reading(seq_id) >= 0) {
+        return true;
     }
-    return true;
+    if (n_copies == 0 && needs_copy(seq_id)) {
+        refusal = format("sequence %d is not empty, and the context has no room for a copy of it", seq_id);
+    } else {
+        refusal = format("%u prompts are being read, as many as there may be at a time",
+                needs_copy(seq_id) ? n_copies : n_reading);
+    }
+    return false;
 }
 
 ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_t n_tokens) {
@@ -97,7 +102,7 @@ ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_
     if (fits_budget(seq_id, n_tokens) && can_undo) {
         return need::in_place;
     }
-    return has_place(seq_id, n_tokens) && has_free_reading() ? need::prompt : need::refused;
+    return has_place(seq_id, n_tokens) && has_free_reading(seq_id) ? need::prompt : need::refused;
 }
 
 // A sequence selects when one of its layers is full, or earlier by as many tokens as it takes for no two sequences to

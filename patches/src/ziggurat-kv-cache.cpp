@@ -57,7 +57,7 @@ ziggurat_kv_cache::ziggurat_kv_cache(
         const llama_cparams       & cparams,
         const ziggurat_kv_params  & asked) :
     model(model), hparams(model.hparams), params(asked),
-    n_seq(cparams.n_seq_max), n_reading(std::min(asked.n_reading, n_seq)),
+    n_seq(cparams.n_seq_max), n_reading(std::min(asked.n_reading, n_seq)), n_copies(std::min(asked.n_copies, n_reading)),
     n_ctx(GGML_PAD(cparams.n_ctx_seq, ROW_PADDING)), n_ubatch(cparams.n_ubatch),
     n_ring(asked.window + ZIGGURAT_KV_RING_SPARE),
     cparams(cparams), type_k(memory_params.type_k), type_v(memory_params.type_v), offload(cparams.offload_kqv) {
@@ -102,7 +102,7 @@ void ziggurat_kv_cache::make_rows() {
     evicts = std::any_of(rows.begin(), rows.end(), [&](uint32_t n) { return n < n_ctx; });
 
     // where nothing is evicted a prompt is written beside what is there
-    const uint32_t n_planes = n_seq + (evicts ? n_reading : 0);
+    const uint32_t n_planes = n_seq + (evicts ? n_copies : 0);
 
     layers.resize(n_layer);
     for (uint32_t il = 0; il < n_layer; ++il) {

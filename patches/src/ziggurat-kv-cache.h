@@ -27,7 +27,7 @@ static constexpr uint32_t ZIGGURAT_KV_ROW_PADDING = 256;
 // tokens that the ring of queries holds beyond the window: so many can be taken back, or fail, and the window is whole
 static constexpr uint32_t ZIGGURAT_KV_RING_SPARE = 16;
 
-// Sequences have planes in the tensors [..., n_planes]: n_seq of their own, and one for each prompt being read.
+// Sequences have planes in the tensors [..., n_planes]: n_seq of their own, and n_copies for prompts being read.
 struct ziggurat_kv_layer {
     uint32_t n_head    = 0;
     uint32_t n_head_kv = 0;
@@ -124,6 +124,7 @@ public:
 
     const uint32_t n_seq;
     const uint32_t n_reading; // prompts that may be read at a time
+    const uint32_t n_copies;  // the first of them may be read into a copy
     const uint32_t n_ctx;     // padded
     const uint32_t n_ubatch;
     const uint32_t n_ring;    // queries in a ring
@@ -180,10 +181,10 @@ public:
     // What seqs[index] holds, from one plane to another. Waits for the computation that is running.
     void copy_plane(uint32_t index, uint32_t from, uint32_t to);
 
-    // The prompt being read for a sequence, -1 if there is none. Of sequence -1: one that is free.
+    // The prompt being read for a sequence, -1 if there is none.
     int32_t reading_of(llama_seq_id seq_id) const;
 
-    // Takes one of the readings, -1 if none is free, and makes it a copy of the sequence.
+    // Takes a reading that is free, -1 if none is, and makes it a copy of the sequence.
     int32_t begin_reading(llama_seq_id seq_id);
     void    commit_reading(int32_t reading);
     void    drop_reading(int32_t reading);
@@ -207,7 +208,9 @@ private:
     // whether n more tokens have positions and places, and another prompt may be read: why not is in `refusal`
     bool can_go_on(llama_seq_id seq_id, uint32_t n_tokens);
     bool has_place(llama_seq_id seq_id, uint32_t n_tokens);
-    bool has_free_reading();
+    bool has_free_reading(llama_seq_id seq_id);
+    bool needs_copy(llama_seq_id seq_id) const;
+    int32_t free_reading(llama_seq_id seq_id) const;
     bool fits_budget(uint32_t index, uint32_t n_tokens) const;
     bool check_positions(const llama_batch & batch, std::vector<uint32_t> & n_tokens, std::vector<llama_seq_id> & order);
 

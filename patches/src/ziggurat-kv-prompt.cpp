@@ -62,17 +62,29 @@ int32_t ziggurat_kv_cache::reading_of(llama_seq_id seq_id) const {
     return -1;
 }
 
+bool ziggurat_kv_cache::needs_copy(llama_seq_id seq_id) const {
+    // an empty sequence loses nothing, and rows that come after the others destroy none
+    return evicts && seqs[seq_id].next > 0;
+}
+
+int32_t ziggurat_kv_cache::free_reading(llama_seq_id seq_id) const {
+    const int32_t n = needs_copy(seq_id) ? n_copies : n_reading;
+    for (int32_t r = n - 1; r >= 0; --r) { // those without a copy first
+        if (readings[r].seq_id < 0) {
+            return r;
+        }
+    }
+    return -1;
+}
+
 int32_t ziggurat_kv_cache::begin_reading(llama_seq_id seq_id) {
-    const int32_t r = reading_of(-1);
+    const int32_t r = free_reading(seq_id);
     if (r < 0) {
         return -1;
     }
-    // an empty sequence loses nothing, and rows that come after the others destroy none
-    const bool in_its_plane = seqs[seq_id].next == 0 || !evicts;
-
     readings[r] = {};
     readings[r].seq_id = seq_id;
-    readings[r].plane  = in_its_plane ? seq_id : n_seq + r;
+    readings[r].plane  = needs_copy(seq_id) ? n_seq + r : seq_id;
     seqs[n_seq + r] = seqs[seq_id];
     copy_plane(seq_id, seq_id, readings[r].plane);
     return r;
@@ -163,7 +175,7 @@ bool ziggurat_kv_cache::begin_prompt(llama_seq_id seq_id, const llama_token * to
             return false;
         }
     }
-    if (!can_go_on(seq_id, n) || !has_place(seq_id, n) || !has_free_reading()) {
+    if (!can_go_on(seq_id, n) || !has_place(seq_id, n) || !has_free_reading(seq_id)) {
         return false;
     }
     const int32_t r = begin_reading(seq_id);

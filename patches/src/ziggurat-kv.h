@@ -49,7 +49,8 @@ struct ziggurat_kv_params {
     int32_t          score;
     int32_t          prefill;
     uint32_t         seed;
-    uint32_t         n_reading; // prompts that may be read at a time; each takes a stage and a copy of a sequence
+    uint32_t         n_reading; // prompts that may be read at a time, each with a stage
+    uint32_t         n_copies;  // of these, how many may follow what their sequence holds, each with a copy of it
 };
 
 // What a context with a budget has allocated. Bytes are of all sequences together.

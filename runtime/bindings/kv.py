@@ -44,7 +44,8 @@ class KVSettings:
     layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
     refuses the latter, which lane takes in any case; chunked selects after every ubatch, which loses what only the
     prompt's end asks for. ``seed`` is that of the score random. ``n_reading`` prompts, no more than there are
-    sequences, may be read at a time; each takes the memory of a stage and of another sequence.
+    sequences, may be read at a time; each takes the memory of a stage. ``n_copies`` of them (None: all) may follow what
+    their sequence holds already; each takes the memory of another sequence.
     """
 
     rows: tuple[int, ...]
@@ -57,6 +58,7 @@ class KVSettings:
     prefill: str = "exact"
     seed: int = 0
     n_reading: int = 1
+    n_copies: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -70,12 +72,21 @@ class KVSettings:
         for name, known in (("pool_type", POOLS), ("score", SCORES), ("prefill", PREFILLS)):
             if getattr(self, name) not in known:
                 raise InvalidRequestError(f"a KV budget has no {name} {getattr(self, name)!r}: {', '.join(known)}")
+        if self.n_copies is not None and not 0 <= self.n_copies <= self.n_reading:
+            raise InvalidRequestError(
+                f"the KV budget's n_copies is {self.n_copies}; it must be from 0 to n_reading ({self.n_reading})"
+            )
         least = self.window + self.sinks
         if not self.rows or not least <= min(self.rows) <= max(self.rows) <= _MAX:
             raise InvalidRequestError(
                 f"a KV budget needs at least {least} rows in every layer, for the window and the sinks; this one has"
                 f" {min(self.rows, default=0)} in one"
             )
+
+    @property
+    def copies(self) -> int:
+        """Prompts that may follow what their sequence holds."""
+        return self.n_reading if self.n_copies is None else self.n_copies
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,7 @@ class _Params(ctypes.Structure):
         ("prefill", ctypes.c_int32),
         ("seed", ctypes.c_uint32),
         ("n_reading", ctypes.c_uint32),
+        ("n_copies", ctypes.c_uint32),
     ]
 
 
@@ -224,6 +236,7 @@ def fill(params: Any, settings: KVSettings) -> object:
         prefill=PREFILLS[settings.prefill],
         seed=settings.seed,
         n_reading=settings.n_reading,
+        n_copies=settings.copies,
     )
     setattr(params, _FIELD, ctypes.addressof(native))
     return native, rows

@@ -1,10 +1,10 @@
 """What a KV budget takes: arithmetic over the formulas of the patched library's cache (``ziggurat-kv-cache.cpp``).
 
 Rows are allocated per layer, with room for generated tokens, and beside them what selecting needs: positions of the
-rows that were selected, per KV head, and the queries of each sequence's last tokens. A prompt is read into a copy of
-its sequence, through the stage, which holds one layer, with its hidden states between the layers; models whose graph is
-not cut into layers get a lane instead, a full cache for one prompt. All of that is there for as many prompts as may be
-read at a time.
+rows that were selected, per KV head, and the queries of each sequence's last tokens. A prompt is read through the
+stage, which holds one layer, with its hidden states between the layers; models whose graph is not cut into layers get a
+lane instead, a full cache for one prompt. If its sequence is not empty it is read into a copy of it. All of that is
+there for as many prompts as may be read at a time.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def budget_memory(
         rows=_times(n_seq, rows),
         positions=_times(n_seq + 1, positions) if evicts else none,  # and what a selection is about to keep
         queries=_times(n_seq, queries) if evicts else none,
-        copies=_times(n_reading, one) if evicts else none,
+        copies=_times(min(kv.copies, n_reading), one) if evicts else none,
         stage=n_reading * stage_rows * (widest_k + widest_v if layer_major else sum(per_row)) if evicts else 0,
         stage_rows=stage_rows if evicts else 0,
         hidden=n_reading * n_embd * hidden_tokens * _HIDDEN if layer_major else 0,

@@ -48,6 +48,7 @@ class _Params(ctypes.Structure):
         ("prefill", ctypes.c_int32),
         ("seed", ctypes.c_uint32),
         ("n_reading", ctypes.c_uint32),
+        ("n_copies", ctypes.c_uint32),
     ]
 
 
@@ -86,11 +87,13 @@ class Budget:
     prefill: str = "exact"
     seed: int = 0
     n_reading: int = 1
+    n_copies: int | None = None  # as many
 
     def native(self) -> _Params:
         return _Params(
             len(self.rows), _array(self.rows), self.window, self.sinks, self.pool, POOLS.index(self.pool_type),
             self.slack, SCORES.index(self.score), PREFILLS.index(self.prefill), self.seed, self.n_reading,
+            self.n_reading if self.n_copies is None else self.n_copies,
         )  # fmt: skip
 
 

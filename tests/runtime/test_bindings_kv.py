@@ -63,7 +63,7 @@ def test_the_struct_is_what_was_asked() -> None:
     if not kv.available():
         pytest.skip("a library without KV budgets")
     params = SimpleNamespace()
-    budget = KVSettings(ROWS, 16, 5, 7, "max", 99, "random", "chunked", 8, 3)
+    budget = KVSettings(ROWS, 16, 5, 7, "max", 99, "random", "chunked", 8, 3, 2)
     alive = kv.fill(params, budget)
     native = ctypes.cast(params.kv_budget, ctypes.POINTER(kv._Params)).contents
     values = {name: getattr(native, name) for name, *_ in kv._Params._fields_ if name != "rows"}
@@ -78,6 +78,7 @@ def test_the_struct_is_what_was_asked() -> None:
         "prefill": 2,
         "seed": 8,
         "n_reading": 3,
+        "n_copies": 2,
     }
     assert native.rows[:2] == list(ROWS)
     assert alive is not None

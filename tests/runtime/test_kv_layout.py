@@ -38,8 +38,16 @@ def padded(n: int) -> int:
     ids=lambda budget: str(budget.rows),
 )
 @pytest.mark.parametrize(("n_seq", "asked"), [(1, 1), (3, 1), (3, 2), (1, 2)])
+@pytest.mark.parametrize("copies", [None, 0])
 def test_bytes(
-    shape: Shape, lane: bool, types: tuple[str, str], budget: Budget, n_seq: int, asked: int, tmp_path: Path
+    shape: Shape,
+    lane: bool,
+    types: tuple[str, str],
+    budget: Budget,
+    n_seq: int,
+    asked: int,
+    copies: int | None,
+    tmp_path: Path,
 ) -> None:
     heads = [shape.heads(layer) for layer in range(3)]
     key, value = (BYTES[name] for name in types)
@@ -49,7 +57,7 @@ def test_bytes(
     capacity = [N_CTX if full else padded(n + budget.slack) for n in rows]
     per_query = shape.head_dim * (budget.window + RING_SPARE) * (4 if types[0] == "f32" else 2)
     scored = budget.score == "snapkv" and not full
-    budget = replace(budget, prefill="lane" if lane else "exact", n_reading=asked)
+    budget = replace(budget, prefill="lane" if lane else "exact", n_reading=asked, n_copies=copies)
     n_reading = min(asked, n_seq)
     with BudgetModel(write_model(tmp_path / "m.gguf", shape)) as model:
         with model.context(N_CTX, budget, n_seq=n_seq, types=types, ubatch=64) as context:
@@ -62,7 +70,7 @@ def test_bytes(
             queries = sum(n * per_query for n, _ in heads) if scored else 0
             assert layout.query_bytes == n_seq * queries
             one = layout.rows_bytes // n_seq + positions + queries
-            assert layout.copy_bytes == (0 if full else n_reading * one)
+            assert layout.copy_bytes == (0 if full or copies == 0 else n_reading * one)
             assert layout.stage_rows == (0 if full else N_CTX)
             assert layout.stage_bytes == n_reading * layout.stage_rows * (sum(row) if lane else max(row))
             assert layout.hidden_bytes == (0 if full or lane else n_reading * 4 * shape.n_embd * N_CTX)

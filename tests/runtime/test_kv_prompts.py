@@ -345,3 +345,24 @@ def test_layers_of_different_widths_share_a_stage(kv_files: Models, types: tuple
             assert np.isfinite(got[sequence]).all()
             assert np.array_equal(got[sequence], quiet.read(text, sequence))
             assert state(context, sequence) == state(quiet, sequence)
+
+
+def test_without_copies_only_empty_sequences_read_prompts(kv_model: BudgetModel) -> None:
+    """A prompt that follows on another is refused; few tokens, which the ring can take back, are not."""
+    budget = replace(BUDGET, n_reading=2, n_copies=1)
+    with kv_model.context(512, replace(BUDGET, n_copies=0), n_seq=3, ubatch=64) as context:
+        context.read_in_steps(prompt(0))
+        before = state(context, 0)
+        for refused in (context.begin, context.read):
+            with pytest.raises(Refused, match="no room for a copy"):
+                refused(prompt(0))
+        assert state(context, 0) == before
+        context.read([5])
+    with kv_model.context(512, budget, n_seq=3, ubatch=64) as context:
+        context.read(prompt(2), 0)
+        context.begin(prompt(0), 1)  # leaves the copy to those who need it
+        context.begin(prompt(0), 0)
+        assert context.cancel(1)
+        context.read(prompt(2), 1)
+        with pytest.raises(Refused, match="1 prompts are being read"):
+            context.begin(prompt(0), 1)

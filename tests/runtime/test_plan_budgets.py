@@ -64,6 +64,8 @@ def test_other_scores_types_and_ways_of_reading() -> None:
     one, two, more = (of(n_seq_max=2, kv={"n_reading": count}) for count in (1, 2, 3))
     assert (two.stage, two.hidden) == (2 * one.stage, 2 * one.hidden)
     assert (two.copies, two.kept) == (tuple(2 * size for size in one.copies), one.kept)
+    none = of(n_seq_max=2, kv={"n_reading": 2, "n_copies": 0})
+    assert (none.copies, none.total) == ((0, 0), two.total - sum(two.copies))
     assert more.total == two.total  # no more than there are sequences
     assert of(kv={"prefill": "bounded"}).total == of().total
     # a row more of each layer, which the library asks how quantized rows are rotated
@@ -184,6 +186,7 @@ ASKED = {
     "recent": {"n_ctx": 2048, "kv": {"score": "recent", "window": 7}},
     "chunked": {"n_ctx": 4096, "n_ubatch": 128, "kv": {"prefill": "chunked", "slack": 300}},
     "two prompts of four": {"n_ctx": 2048, "n_seq_max": 4, "kv": {"n_reading": 2}},
+    "three prompts, one after others": {"n_ctx": 2048, "n_seq_max": 4, "kv": {"n_reading": 3, "n_copies": 1}},
     "a lane": {"n_ctx": 4096, "kv": {"prefill": "lane"}},
     "nothing is evicted": {"n_ctx": 512, "kv": {"rows": (512,)}},
 }
