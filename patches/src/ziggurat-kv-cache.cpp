@@ -281,6 +281,12 @@ uint32_t ziggurat_kv_cache::padded_rows(const ziggurat_kv_layer & layer, uint32_
     return std::min(layer.capacity, std::max<uint32_t>(ROW_PADDING, GGML_PAD(n, ROW_PADDING)));
 }
 
+std::pair<uint32_t, uint32_t> ziggurat_kv_cache::budget_range(uint32_t il) const {
+    const uint32_t most = layers[il].budget;
+    // a context that never evicts has nothing to select with
+    return { evicts ? std::min(most, params.window + params.sinks) : most, most };
+}
+
 void ziggurat_kv_cache::clear_seq(llama_seq_id seq_id) {
     const int32_t reading = reading_of(seq_id);
     if (reading >= 0) {
@@ -337,6 +343,21 @@ void ziggurat_kv_cache::note_selection(uint32_t index, uint32_t il, uint32_t n_r
     }
 }
 
+std::string ziggurat_kv_cache::cut(ziggurat_kv_sequence & seq, llama_seq_id seq_id, llama_pos p0) const {
+    const uint32_t n = seq.next - p0;
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        if (seq.used[il] - seq.fixed[il] < n) {
+            return format("position %d of sequence %d lies before its last selection: rows of that time were evicted", p0, seq_id);
+        }
+    }
+    for (auto & used : seq.used) {
+        used -= n;
+    }
+    seq.queries_from = std::min(seq.queries_from, p0);
+    seq.next = p0;
+    return "";
+}
+
 bool ziggurat_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     refusal.clear();
     if (seq_id < 0) {
@@ -370,24 +391,8 @@ bool ziggurat_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) 
         refusal = format("positions %d to %d lie in the middle of sequence %d; only its end can be removed", p0, p1 - 1, seq_id);
         return false;
     }
-    const uint32_t n = seq.next - p0;
-    for (uint32_t il = 0; il < layers.size(); ++il) {
-        if (seq.used[il] - seq.fixed[il] < n) {
-            refusal = format("position %d of sequence %d lies before its last selection: rows of that time were evicted", p0, seq_id);
-            return false;
-        }
-    }
-    for (auto & used : seq.used) {
-        used -= n;
-    }
-    seq.queries_from = std::min(seq.queries_from, p0);
-    seq.next = p0;
-    return true;
-}
-
-void ziggurat_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos, llama_pos) {
-    refusal = format("sequence %d cannot be copied to %d: sequences with a budget do not share rows", seq_id_src, seq_id_dst);
-    LLAMA_LOG_ERROR("%s: %s\n", __func__, refusal.c_str());
+    refusal = cut(seq, seq_id, p0);
+    return refusal.empty();
 }
 
 void ziggurat_kv_cache::seq_keep(llama_seq_id seq_id) {
@@ -433,14 +438,6 @@ llama_pos ziggurat_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
     const llama_pos last = seqs[seq_id].next - 1;
     // llama_context asks where the batch has to go on that is a step of this sequence's prompt
     return resumed >= 0 && readings[resumed].seq_id == seq_id ? last + (llama_pos) step_begin(resumed) : last;
-}
-
-void ziggurat_kv_cache::state_write(llama_io_write_i &, llama_seq_id, llama_state_seq_flags) const {
-    throw std::runtime_error("the state of a context with a KV budget cannot be saved");
-}
-
-void ziggurat_kv_cache::state_read(llama_io_read_i &, llama_seq_id, llama_state_seq_flags) {
-    throw std::runtime_error("a state cannot be read into a context with a KV budget");
 }
 
 //

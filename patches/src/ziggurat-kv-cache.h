@@ -3,7 +3,8 @@
 // The memory class behind a KV budget: what is allocated and which rows are in use. ziggurat-kv-batch.cpp takes a batch
 // apart into steps (ziggurat-kv-context.h), ziggurat-kv-graph.h builds their graphs, which ziggurat-kv-cut.h cuts down to
 // a layer, and ziggurat-kv-select.h moves the rows that ziggurat-kv-score.h finds worth keeping. ziggurat-kv-prompt.cpp
-// reads a prompt into a copy of its sequence, which takes the sequence's place when all is done.
+// reads a prompt into a copy of its sequence, which takes the sequence's place when all is done. ziggurat-kv-state.cpp
+// copies, saves and restores sequences.
 
 #include "ziggurat-kv-arena.h"
 #include "ziggurat-kv-topology.h"
@@ -17,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct llama_model;
@@ -119,8 +121,8 @@ public:
     const llama_model   & model;
     const llama_hparams & hparams;
 
-    ziggurat_kv_params    params; // params.rows is not ours: see layers[].budget
-    std::vector<uint32_t> rows;   // [n_layer] as asked
+    ziggurat_kv_params    params; // params.rows points to `rows`
+    std::vector<uint32_t> rows;   // [n_layer] as asked; what a layer has of them is layers[].budget
 
     const uint32_t n_seq;
     const uint32_t n_reading; // prompts that may be read at a time
@@ -195,6 +197,12 @@ public:
     // Reads the tokens in calls of their own: see ziggurat-kv.h, which says what is returned.
     bool    begin_prompt(llama_seq_id seq_id, const llama_token * tokens, size_t n);
     int32_t step_prompt(llama_context & ctx, llama_seq_id seq_id, uint32_t max_steps, ziggurat_kv_progress * progress);
+
+    // Removes the positions from p0 on. Returns why that cannot be, with nothing changed, or "".
+    std::string cut(ziggurat_kv_sequence & seq, llama_seq_id seq_id, llama_pos p0) const;
+
+    // least and most rows that a sequence's own budget may have in a layer
+    std::pair<uint32_t, uint32_t> budget_range(uint32_t il) const;
 
 private:
     void make_rows();

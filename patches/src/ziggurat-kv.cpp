@@ -138,9 +138,7 @@ int32_t ziggurat_kv_set_budget(struct llama_context * ctx, int32_t seq_id, const
     kv->refusal.clear();
     std::vector<uint32_t> budget;
     for (size_t il = 0; il < kv->layers.size(); ++il) {
-        const uint32_t most  = kv->layers[il].budget;
-        // a context that never evicts has nothing to select with
-        const uint32_t least = kv->evicts ? std::min(most, kv->params.window + kv->params.sinks) : most;
+        const auto [least, most] = kv->budget_range(il);
         const uint32_t value = rows == nullptr ? most : std::min(rows[il], kv->n_ctx);
         if (value < least || value > most) {
             kv->refusal = format("%u rows in layer %zu; the context has been made for %u to %u", value, il, least, most);

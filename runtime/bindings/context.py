@@ -193,17 +193,25 @@ class Context:
             return np.empty(shape, np.float32)
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self.handle), shape=shape)
 
-    def copy(self, source: int, target: int) -> None:
-        """Give sequence ``target`` all rows of ``source``; what it had is forgotten.
+    def copy(self, source: int, target: int, end: int = -1) -> None:
+        """Give sequence ``target`` the positions of ``source`` up to ``end`` (-1: all); what it had is forgotten.
 
-        Raises ContextError with a KV budget, which does not share rows.
+        Both go on as ``source`` alone would. With a KV budget every sequence has rows of its own, so a copy takes as
+        many as the original; it has the original's own budget as well. Raises ContextError, with nothing changed, when
+        ``end`` lies before the last selection of ``source``, or a prompt of one of them is being read.
         """
-        if self._cache is not None:
-            raise ContextError("a context with a KV budget cannot copy the rows of a sequence")
         memory = self._checked_memory()
-        if source != target and self._valid(source) and self._valid(target):
-            self._lib.llama_memory_seq_rm(memory, target, -1, -1)
-            self._lib.llama_memory_seq_cp(memory, source, target, -1, -1)
+        if not self._valid(source) or not self._valid(target) or source == target:
+            return
+        if self._cache is not None:
+            self._lib.llama_memory_seq_cp(memory, source, target, -1, end)
+            if refusal := self._cache.refusal():
+                raise ContextError(refusal)
+            return
+        self._lib.llama_memory_seq_rm(memory, target, -1, -1)
+        self._lib.llama_memory_seq_cp(memory, source, target, -1, -1)  # aborts the process when asked for a part
+        if end >= 0:
+            self._lib.llama_memory_seq_rm(memory, target, end, -1)
 
     def _valid(self, sequence: int) -> bool:
         if not 0 <= sequence < self.settings.n_seq_max:  # the library would abort the process

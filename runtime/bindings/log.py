@@ -61,5 +61,5 @@ def reason(lines: list[tuple[int, str]], fallback: str) -> str:
     if not errors:
         return fallback
     # "llama_model_load: error loading model: check_tensor: no tensor 'x'" -> "no tensor 'x'"
-    functions = r"^(\w+: )?((error loading model|failed to initialize the context): )?(\w+_\w+: )?"
+    functions = r"^(\w+: )?((error (loading|saving) (model|state)|failed to initialize the context): )?(\w+_\w+: )?"
     return re.sub(functions, "", errors[0]).strip()

@@ -22,7 +22,6 @@ TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
 SCORES = ("snapkv", "recent", "random")
 PREFILLS = ("exact", "bounded", "chunked", "lane")
 POOLS = ("avg", "max")
-ROOM = 1 << 20
 
 
 class Refused(Exception):
@@ -234,8 +233,10 @@ class BudgetContext:
     def remove(self, sequence: int, start: int = -1, end: int = -1) -> bool:
         return bool(llama_cpp.llama_memory_seq_rm(self._memory, sequence, start, end))
 
-    def copy(self, source: int, target: int) -> None:
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+    def copy(self, source: int, target: int, start: int = -1, end: int = -1) -> None:
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, end)
+        if self.refusal:
+            raise Refused(self.refusal)
 
     def shift(self, sequence: int, start: int, end: int, by: int) -> None:
         llama_cpp.llama_memory_seq_add(self._memory, sequence, start, end, by)
@@ -250,12 +251,31 @@ class BudgetContext:
     def can_shift(self) -> bool:
         return bool(llama_cpp.llama_memory_can_shift(self._memory))
 
-    def saved_bytes(self, sequence: int | None = None) -> int:
-        """How many bytes a saved state takes: of one sequence, or of everything. 0: refused."""
-        data = (ctypes.c_uint8 * ROOM)()
+    def saved(self, sequence: int | None = None) -> bytes:
+        """The state of one sequence, or of everything."""
+        c, whole = self._context, sequence is None
+        size = llama_cpp.llama_state_get_size(c) if whole else llama_cpp.llama_state_seq_get_size(c, sequence)
+        data = (ctypes.c_uint8 * max(size, 1))()
+        written = (
+            llama_cpp.llama_state_get_data(c, data, size)
+            if whole
+            else llama_cpp.llama_state_seq_get_data(c, data, size, sequence)
+        )
+        if not written:
+            raise Refused(f"no state of sequence {sequence}")
+        assert written == size
+        return bytes(data)
+
+    def restore(self, state: bytes, sequence: int | None = None) -> None:
+        """Put a sequence, or everything, into a saved state."""
+        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if sequence is None:
-            return int(llama_cpp.llama_state_get_data(self._context, data, ROOM))
-        return int(llama_cpp.llama_state_seq_get_data(self._context, data, ROOM, sequence))
+            read = llama_cpp.llama_state_set_data(self._context, data, len(state))
+        else:
+            read = llama_cpp.llama_state_seq_set_data(self._context, data, len(state), sequence)
+        if not read:
+            raise Refused(self.refusal)
+        assert read == len(state)
 
     @property
     def active(self) -> bool:

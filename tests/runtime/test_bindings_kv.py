@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import tiny_models
-from ziggurat.runtime.bindings import Context, ContextSettings, KVSettings, Model, kv, library
+from ziggurat.runtime.bindings import Context, ContextSettings, KVSettings, Model, kv, kv_state, library
 from ziggurat.runtime.errors import (
     ContextError,
     DecodeAborted,
@@ -122,6 +122,16 @@ def test_a_context_without_a_budget_says_so(spm_model: Model) -> None:
         ):
             with pytest.raises(InvalidRequestError, match="no KV budget"):
                 call()
+
+
+def test_a_copy_without_a_budget_may_leave_out_the_end(spm_model: Model) -> None:
+    with Context(spm_model, ContextSettings(n_ctx=256, n_seq_max=2, n_threads=1)) as context:
+        read(context, TOKENS[:20])
+        context.copy(0, 1, 15)
+        assert (context.last_position(0), context.last_position(1)) == (19, 14)
+        read(context, TOKENS[15:20], 15, 1)
+        context.copy(1, 0)
+        assert context.last_position(0) == 19
 
 
 # --- with a library that has budgets
@@ -247,6 +257,47 @@ def test_a_budget_of_ones_own(spm_model: Model) -> None:
             context.kv_positions(0, 2)
 
 
+def logits_of(context: Context, token: int, sequence: int) -> Any:
+    read(context, [token], context.last_position(sequence) + 1, sequence)
+    return context.logits(0)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_branches_and_restored_sequences_go_on_alike(spm_model: Model) -> None:
+    with Context(spm_model, budget(n_seq_max=3)) as context:
+        read(context, TOKENS[:300])
+        for position in (300, 301):
+            read(context, [5], position)
+        context.copy(0, 1)
+        context.copy(0, 2, 301)
+        state = kv_state.save(context, 0)
+        wanted = logits_of(context, 5, 0)
+        assert np.array_equal(logits_of(context, 5, 1), wanted)
+        assert context.last_position(2) == 300
+    with Context(spm_model, budget(n_seq_max=3)) as context:
+        kv_state.restore(context, 2, state)
+        assert np.array_equal(logits_of(context, 5, 2), wanted)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_states_that_cannot_be_are_refused_with_a_reason(spm_model: Model) -> None:
+    with Context(spm_model, budget()) as context:
+        read(context, TOKENS[:300])
+        state = kv_state.save(context, 0)
+        with pytest.raises(ContextError, match=r"sequence 0 cannot be restored: unexpectedly reached end of buffer$"):
+            kv_state.restore(context, 0, state[:-1])
+        with pytest.raises(InvalidRequestError, match="sequence 1 is not one of 1"):
+            kv_state.save(context, 1)
+        assert kv_state.save(context, 0) == state
+    with Context(spm_model, budget(kv={"sinks": 5})) as context:
+        with pytest.raises(ContextError, match="another sinks: 4, this context has 5"):
+            kv_state.restore(context, 0, state)
+    with Context(spm_model, ContextSettings(n_ctx=256, n_threads=1)) as context:
+        for call in (lambda: kv_state.save(context, 0), lambda: kv_state.restore(context, 0, state)):
+            with pytest.raises(InvalidRequestError, match="no KV budget"):
+                call()
+
+
 @pytest.mark.usefixtures("budgets")
 def test_what_cannot_be_is_refused_with_a_reason(spm_model: Model) -> None:
     with Context(spm_model, budget(n_seq_max=2, n_batch=1000)) as context:
@@ -254,8 +305,9 @@ def test_what_cannot_be_is_refused_with_a_reason(spm_model: Model) -> None:
         with pytest.raises(DecodeError, match="position"):  # upstream looks at that first
             read(context, TOKENS[:5], 400)
         assert context.kv_rows(0) == (100, 60)
-        with pytest.raises(ContextError, match="cannot copy"):
-            context.copy(0, 1)
+        with pytest.raises(ContextError, match="before its last selection"):
+            context.copy(0, 1, 200)
+        assert context.kv_rows(1) == (0, 0)
         assert not context.remove(0, 100, 200)
         with pytest.raises(ContextError, match="700 tokens on 100 rows .* exceeds the context of 768"):
             read(context, (TOKENS * 2)[:700], 300)

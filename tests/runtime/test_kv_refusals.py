@@ -142,7 +142,6 @@ def test_refused_operations_change_nothing(kv_model: BudgetModel) -> None:
         context.read(prompt(0), 0)
         before = [state(context, sequence) for sequence in range(3)]
         operations: list[Callable[[], object]] = [
-            lambda: context.copy(0, 1),
             lambda: context.shift(0, 10, 20, 5),
             lambda: context.shift(0, -1, -1, -1),
             lambda: context.divide(0, 0, 100, 2),
@@ -152,8 +151,6 @@ def test_refused_operations_change_nothing(kv_model: BudgetModel) -> None:
             assert context.refusal
             assert [state(context, sequence) for sequence in range(3)] == before
         assert not context.can_shift
-        assert context.saved_bytes(0) == 0
-        assert context.saved_bytes() == 0
         for sequence in (-1, 3, 99):
             assert context.rows(sequence) == ()
             assert context.select(sequence) == -1

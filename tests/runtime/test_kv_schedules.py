@@ -7,6 +7,7 @@ reference (helpers.kv_reference) knows which rows, and the logits.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -58,6 +60,10 @@ class Expected:
             self.used[layer] = self.fixed[layer] = self.rows[layer]
         return len(above)
 
+    def copy(self) -> Expected:
+        weights = self.reference.w
+        return deepcopy(self, {id(weights): weights})
+
     def add(self, n: int) -> None:
         self.used = [used + n for used in self.used]
 
@@ -77,6 +83,7 @@ class Schedule(RuleBasedStateMachine):
         self.capacity = self.context.capacity()
         self.sequences = [self._empty() for _ in range(N_SEQ)]
         self.count = 0
+        self.saved: list[tuple[bytes, Expected]] = []
 
     def _empty(self, rows: tuple[int, ...] = BUDGET.rows) -> Expected:
         return Expected(ReferenceSequence(self.weights, BUDGET), rows=rows)
@@ -199,9 +206,32 @@ class Schedule(RuleBasedStateMachine):
         assert self.context.set_budget(index, rows) == 0
         self.sequences[index].rows = rows or BUDGET.rows
 
+    @rule(index=SEQUENCES, step=st.integers(1, N_SEQ - 1), cut=st.sampled_from([0, 0, 1, 5, 40]))
+    def copy(self, index: int, step: int, cut: int) -> None:
+        """The other sequence takes the place of its own; without some of the last tokens where they can be removed."""
+        source, target = self.sequences[index], (index + step) % N_SEQ
+        if cut > source.reference.n:
+            return
+        if cut > source.tail:
+            with pytest.raises(Refused):
+                self.context.copy(index, target, 0, source.reference.n - cut)
+            return
+        self.context.copy(index, target, 0, source.reference.n - cut)
+        self.sequences[target] = branch = source.copy()
+        if cut:
+            branch.add(-cut)
+            branch.reference.forget(cut)
+
     @rule(index=SEQUENCES)
-    def copy(self, index: int) -> None:
-        self.context.copy(index, (index + 1) % N_SEQ)
+    def save(self, index: int) -> None:
+        self.saved.append((self.context.saved(index), self.sequences[index].copy()))
+
+    @precondition(lambda self: self.saved)
+    @rule(index=SEQUENCES, which=st.integers(0, 1 << 10))
+    def restore(self, index: int, which: int) -> None:
+        state, sequence = self.saved[which % len(self.saved)]
+        self.context.restore(state, index)
+        self.sequences[index] = sequence.copy()
 
     @invariant()
     def agrees(self) -> None:
