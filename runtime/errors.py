@@ -37,6 +37,14 @@ class ModelLoadError(ZigguratError):
     """The library refused a model; the message carries its reason."""
 
 
+class StateFileError(ZigguratError):
+    """A saved sequence is missing, damaged, or of a version that this build does not read."""
+
+
+class StateMismatchError(StateFileError):
+    """A saved sequence is of another model, or of a context with other settings."""
+
+
 class MemoryShortageError(ZigguratError):
     """A model with these settings can never fit into this machine's memory; nothing was loaded."""
 

@@ -7,6 +7,7 @@ block sizes are the ``gguf`` package's. Format: llama.cpp, ``docs/gguf.md``.
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
 import re
@@ -30,13 +31,17 @@ _SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One row of the tensor table: ``shape`` innermost first as in ggml, ``type`` a ggml type name such as ``Q4_K``."""
+    """One row of the tensor table: ``shape`` innermost first as in ggml, ``type`` a ggml type name such as ``Q4_K``.
+
+    ``offset`` is that of its bytes in the data section of its file.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: str
     n_elements: int
     n_bytes: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class ArrayField:
 class GGUFFile:
     """Metadata and tensor table of one GGUF file, or of all parts of a split one.
 
-    ``n_bytes`` is the size on disk, all parts together.
+    ``n_bytes`` is the size on disk, all parts together. ``data_offset`` is where the data section of the first begins.
     """
 
     path: Path
@@ -60,6 +65,7 @@ class GGUFFile:
     fields: Mapping[str, Scalar | ArrayField]
     tensors: tuple[TensorInfo, ...]
     n_bytes: int
+    data_offset: int
 
     def scalar(self, key: str) -> Scalar | None:
         """Return a scalar field, or None if it is absent or an array."""
@@ -114,18 +120,20 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     Raises ModelFileError when the file is missing, a folder, unreadable, empty, not a GGUF, of an unknown version,
     damaged, or shorter than its tensor table says.
     """
-    first = _read_one(Path(path))
-    n_parts = first.integer("split.count") or 1
-    if n_parts <= 1:
-        return first
-    parts = [first] + [_read_one(part) for part in _other_parts(first.path, n_parts)]
-    return GGUFFile(
-        path=first.path,
-        version=first.version,
-        fields=first.fields,
+    parts = read_parts(path)
+    first = parts[0]
+    return dataclasses.replace(
+        first,
         tensors=tuple(tensor for part in parts for tensor in part.tensors),
         n_bytes=sum(part.n_bytes for part in parts),
     )
+
+
+def read_parts(path: str | os.PathLike[str]) -> tuple[GGUFFile, ...]:
+    """Read the files of a split model one by one, of any other the only one. Raises as ``read_gguf`` does."""
+    first = _read_one(Path(path))
+    n_parts = first.integer("split.count") or 1
+    return (first, *map(_read_one, _other_parts(first.path, n_parts) if n_parts > 1 else ()))
 
 
 def _other_parts(path: Path, n_parts: int) -> Iterator[Path]:
@@ -176,15 +184,15 @@ def _read_one(path: Path) -> GGUFFile:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ModelFileError(f"{path}: general.alignment is not a power of two; the file is damaged")
         start = -(-cursor.offset // alignment) * alignment
-        end = max((start + offset + tensor.n_bytes for tensor, offset in rows), default=cursor.offset)
+        end = max((start + tensor.offset + tensor.n_bytes for tensor in rows), default=cursor.offset)
         if end > len(data):
             raise ModelFileError(
                 f"{path}: truncated, its tensors need {end} bytes and it has {len(data)}; download or convert it again"
             )
-        return GGUFFile(path, version, fields, tuple(tensor for tensor, _ in rows), len(data))
+        return GGUFFile(path, version, fields, tuple(rows), len(data), start)
 
 
-def _tensor_row(cursor: _Cursor) -> tuple[TensorInfo, int]:
+def _tensor_row(cursor: _Cursor) -> TensorInfo:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name = cursor.string()
@@ -207,7 +215,7 @@ def _tensor_row(cursor: _Cursor) -> tuple[TensorInfo, int]:
         raise ModelFileError(
             f"{cursor.path}: tensor {name!r} has rows of {shape[0]}, no multiple of {ggml_type.name}'s {block}"
         )
-    return TensorInfo(name, shape, ggml_type.name, n_elements, n_elements // block * block_bytes), offset
+    return TensorInfo(name, shape, ggml_type.name, n_elements, n_elements // block * block_bytes, offset)
 
 
 class _Cursor:
