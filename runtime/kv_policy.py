@@ -8,11 +8,7 @@ from typing import Any
 
 from ziggurat.runtime.bindings.kv import KVSettings
 from ziggurat.runtime.budget import (
-    POOL,
-    POOL_TYPE,
     PRESETS,
-    SINKS,
-    WINDOW,
     Budget,
     Pyramid,
     Schedule,
@@ -40,16 +36,16 @@ class KVPolicy:
 
     budget: Budget
     schedule: Schedule = field(default_factory=Pyramid)
-    score: str = "snapkv"
-    window: int = WINDOW
-    sinks: int = SINKS
-    pool: int = POOL
-    pool_type: str = POOL_TYPE
-    slack: int = 64
-    prefill: str = "exact"
-    seed: int = 0
-    reading: int = 1
-    copies: int | None = None
+    score: str = KVSettings.score
+    window: int = KVSettings.window
+    sinks: int = KVSettings.sinks
+    pool: int = KVSettings.pool
+    pool_type: str = KVSettings.pool_type
+    slack: int = KVSettings.slack
+    prefill: str = KVSettings.prefill
+    seed: int = KVSettings.seed
+    reading: int = KVSettings.n_reading
+    copies: int | None = KVSettings.n_copies
 
     def __post_init__(self) -> None:
         check_score(self.score)

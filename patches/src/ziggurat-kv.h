@@ -38,6 +38,15 @@ enum ziggurat_kv_pool {
     ZIGGURAT_KV_POOL_MAX = 1,
 };
 
+// What llama.h's functions do on a context with a budget, beyond decoding. What they refuse changes nothing.
+//   llama_memory_seq_rm   removes a whole sequence, or the end of one as far as its last selection.
+//   llama_memory_seq_cp   copies a whole sequence, or one without an end that could be removed; what the other held is
+//                         gone. Every sequence has rows of its own, so a copy takes as many. Both go on alike.
+//   llama_state_seq_*     save a sequence and restore it, also in another context, if it has the same budgets, types and
+//                         selection. What cannot be a sequence of this context is refused; rows are taken as they are.
+//   llama_state_*         the same for all sequences together, with no logits.
+//   shifting and dividing positions is refused: they stay the true ones.
+
 struct ziggurat_kv_params {
     uint32_t         n_layer; // length of rows; the model's number of layers
     const uint32_t * rows;    // rows per KV head that a layer keeps after a prompt, window and sinks included
@@ -71,7 +80,7 @@ ZIGGURAT_API const char * ziggurat_kv_unsupported(const struct llama_model * mod
 // Whether this context has a budget.
 ZIGGURAT_API bool ziggurat_kv_active(const struct llama_context * ctx);
 
-// Why the last call on this context's cache was refused (a decode that returned 1, a removal, a copy); "" if it was
+// Why the last call on this context's cache was refused (a decode that returned 1, a removal, a copy, a state); "" if it was
 // not. Valid until the next call.
 ZIGGURAT_API const char * ziggurat_kv_refusal(const struct llama_context * ctx);
 

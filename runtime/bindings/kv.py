@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.runtime.bindings import library
+from ziggurat.runtime.budget import POOL, POOL_TYPE, SINKS, WINDOW
 from ziggurat.runtime.errors import ContextError, DecodeAborted, DecodeError, InvalidRequestError, LibraryError
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ class KVSettings:
     """
 
     rows: tuple[int, ...]
-    window: int = 32
-    sinks: int = 4
-    pool: int = 13
-    pool_type: str = "max"
+    window: int = WINDOW
+    sinks: int = SINKS
+    pool: int = POOL
+    pool_type: str = POOL_TYPE
     slack: int = 64
     score: str = "snapkv"
     prefill: str = "exact"

@@ -1,15 +1,17 @@
 """Random schedules of everything a context with a budget can be asked, against a model of it in Python.
 
 The model knows how many rows every layer must hold, which of them may be rolled back and what must be refused; the
-reference (helpers.kv_reference) knows which rows, and the logits.
+reference (helpers.kv_reference) knows which rows, and the logits. Allocations and computations fail and are aborted
+anywhere: each sequence is then as before or as after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import hypothesis.strategies as st
 import numpy as np
@@ -24,16 +26,19 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from helpers.kv_library import Budget, BudgetModel, Ints, Part, Refused
+from helpers.kv_library import Aborted, Budget, BudgetModel, Ints, Part, Refused
 from helpers.kv_models import Models, tokens
-from helpers.kv_reference import ReferenceSequence, Weights
+from helpers.kv_reference import RING_SPARE, ReferenceSequence, Weights
 from helpers.stock import nmse
 
-N_CTX, N_SEQ = 256, 3
-BUDGET = Budget((40, 60, 14), window=4, sinks=2, slack=8)
+Result = TypeVar("Result")
+FAILED = -2  # what a selection returns then
+N_CTX, N_SEQ, N_READING = 256, 3, 2
+BUDGET = Budget((40, 60, 14), window=4, sinks=2, slack=8, n_reading=N_READING)
 OWN = [None, (10, 20, 14), (40, 6, 6)]
 SEQUENCES = st.integers(0, N_SEQ - 1)
 LENGTHS = st.sampled_from([1, 1, 1, 1, 2, 3, 9, 14, 15, 33, 61, 150])
+FAULTS = st.none() | st.tuples(st.sampled_from(["fail", "abort"]), st.integers(0, 30))
 
 
 @dataclass
@@ -64,8 +69,20 @@ class Expected:
         weights = self.reference.w
         return deepcopy(self, {id(weights): weights})
 
+    @property
+    def empty(self) -> bool:
+        return self.reference.n == 0
+
     def add(self, n: int) -> None:
         self.used = [used + n for used in self.used]
+
+
+@dataclass
+class Reading:
+    """A prompt that is being read in steps, with the rows that it will be brought down to."""
+
+    part: Part
+    rows: tuple[int, ...]
 
 
 class Schedule(RuleBasedStateMachine):
@@ -79,11 +96,32 @@ class Schedule(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.model = BudgetModel(self.path)
-        self.context = self.model.context(N_CTX, replace(BUDGET, prefill=self.prefill), n_seq=N_SEQ, **self.options)
+        self.context = self.model.context(
+            N_CTX, replace(BUDGET, prefill=self.prefill), n_seq=N_SEQ, abort=self._abort, **self.options
+        )
         self.capacity = self.context.capacity()
         self.sequences = [self._empty() for _ in range(N_SEQ)]
-        self.count = 0
+        self.count, self.nodes_left = 0, -1
         self.saved: list[tuple[bytes, Expected]] = []
+        self.readings: dict[int, Reading] = {}
+
+    def _abort(self) -> bool:
+        self.nodes_left -= 1
+        return self.nodes_left == 0
+
+    def _try(self, call: Callable[[], Result], fault: tuple[str, int] | None) -> Result | None:
+        """The result of a call, or nothing if a fault ended it: an allocation, a computation, or one node of it."""
+        kind, n = fault or ("none", 0)
+        self.context.fail_at(n if kind == "fail" else -1)
+        self.nodes_left = 1 + 20 * n if kind == "abort" else -1
+        try:
+            return call()
+        except (RuntimeError, Aborted):
+            assert fault
+            return None
+        finally:
+            self.context.fail_at(-1)
+            self.nodes_left = -1
 
     def _empty(self, rows: tuple[int, ...] = BUDGET.rows) -> Expected:
         return Expected(ReferenceSequence(self.weights, BUDGET), rows=rows)
@@ -121,19 +159,34 @@ class Schedule(RuleBasedStateMachine):
             reference.swaps(layer, positions, 1e-4)
         reference.select(kept)
 
-    @rule(parts=st.lists(st.tuples(SEQUENCES, LENGTHS), min_size=1, max_size=N_SEQ, unique_by=lambda part: part[0]))
-    def decode(self, parts: list[tuple[int, int]]) -> None:
+    def _is_prompt(self, sequence: Expected, n: int) -> bool:
+        """Whether tokens of a batch are read into a copy of their sequence."""
+        return n > 1 and (sequence.overflows(n) or (n > RING_SPARE and not sequence.empty))
+
+    @rule(
+        parts=st.lists(st.tuples(SEQUENCES, LENGTHS), min_size=1, max_size=N_SEQ, unique_by=lambda part: part[0]),
+        fault=FAULTS,
+    )
+    def decode(self, parts: list[tuple[int, int]], fault: tuple[str, int] | None) -> None:
         batch = [Part(index, self._tokens(n)) for index, n in parts]
-        if any(self._refused(self.sequences[index], n) for index, n in parts):
+        full = len(self.readings) == N_READING and any(self._is_prompt(self.sequences[i], n) for i, n in parts)
+        if full or any(i in self.readings or self._refused(self.sequences[i], n) for i, n in parts):
             with pytest.raises(Refused):
                 self.context.decode(*batch)
             return
         due = self._due(index for index, n in parts if n == 1)
-        logits = self.context.decode(*batch)
-        for part, got in zip(batch, logits, strict=True):
-            self._account(part, got[0], due=part.sequence in due)
+        logits = self._try(lambda: self.context.decode(*batch), fault)
+        for part, got in zip(batch, logits or [None] * len(batch), strict=True):
+            sequence = self.sequences[part.sequence]
+            if self.context.last(part.sequence) != sequence.reference.n - 1:
+                self._account(part, None if got is None else got[0], due=part.sequence in due)
+            else:
+                assert logits is None
+                if part.sequence in due and self.context.rows(part.sequence) != tuple(sequence.used):
+                    sequence.select()  # which came before what failed
+                    self._follow(part.sequence, 0)
 
-    def _account(self, part: Part, got: np.ndarray, *, due: bool) -> None:
+    def _account(self, part: Part, got: np.ndarray | None, *, due: bool, selects: bool = False) -> None:
         sequence, n = self.sequences[part.sequence], len(part.tokens)
         if due:
             sequence.select()
@@ -141,18 +194,80 @@ class Schedule(RuleBasedStateMachine):
             self._follow(part.sequence, 1)
             wanted = sequence.reference.read(part.tokens)
         else:
-            selects = n > 1 and sequence.overflows(n)
+            selects |= n > 1 and sequence.overflows(n)
             sequence.add(n)
             wanted = sequence.reference.read(part.tokens)
             if selects:
                 sequence.select()
                 self._follow(part.sequence, 0)
-        assert nmse(got, wanted[-1].astype(np.float32)) < 1e-6
+        assert got is None or nmse(got, wanted[-1].astype(np.float32)) < 1e-6
+
+    @rule(index=SEQUENCES, n=LENGTHS)
+    def begin(self, index: int, n: int) -> None:
+        """Make ready to read a prompt in steps."""
+        sequence, text = self.sequences[index], self._tokens(n)
+        no_place = sequence.overflows(n) and max(sequence.used) + n > N_CTX
+        if index in self.readings or len(self.readings) == N_READING or no_place:
+            with pytest.raises(Refused):
+                self.context.begin(text, index)
+            return
+        self.context.begin(text, index)
+        self.readings[index] = Reading(Part(index, text), sequence.rows)
+
+    @precondition(lambda self: self.readings)
+    @rule(which=st.integers(0, N_READING - 1), steps=st.sampled_from([1, 1, 2, 7, 50]), fault=FAULTS)
+    def step(self, which: int, steps: int, fault: tuple[str, int] | None) -> None:
+        index = sorted(self.readings)[which % len(self.readings)]
+        progress = self._try(lambda: self.context.step(index, steps), fault)
+        if progress is None:
+            del self.readings[index]
+        elif progress.finished:
+            self._finish(index)
+
+    @precondition(lambda self: self.readings)
+    @rule(which=st.integers(0, N_READING - 1))
+    def finish(self, which: int) -> None:
+        index = sorted(self.readings)[which % len(self.readings)]
+        assert self.context.step(index, 10_000).finished
+        self._finish(index)
+
+    def _finish(self, index: int) -> None:
+        """The prompt has been read: with the budget that the sequence had when it began."""
+        reading, sequence = self.readings.pop(index), self.sequences[index]
+        rows, sequence.rows = sequence.rows, reading.rows
+        # a single token takes a place beyond the budget, if there is one
+        single_selects = len(reading.part.tokens) == 1 and not self._room(sequence)
+        self._account(reading.part, self.context._logits([-1])[0], due=False, selects=single_selects)
+        sequence.rows = rows
+
+    @precondition(lambda self: self.readings)
+    @rule(index=SEQUENCES)
+    def cancel(self, index: int) -> None:
+        assert self.context.cancel(index) == (index in self.readings)
+        self.readings.pop(index, None)
+
+    @precondition(lambda self: self.readings)
+    @rule(which=st.integers(0, N_READING - 1))
+    def asked_while_reading(self, which: int) -> None:
+        """Everything but questions, and removal as a whole, is refused."""
+        index = sorted(self.readings)[which % len(self.readings)]
+        for call in (
+            lambda: self.context.decode(Part(index, [5])),
+            lambda: self.context.copy(index, (index + 1) % N_SEQ),
+            lambda: self.context.copy((index + 1) % N_SEQ, index),
+            lambda: self.context.saved(index),
+            lambda: self.context.saved(),
+        ):
+            with pytest.raises(Refused):
+                call()
+        assert self.context.select(index) == -1
 
     @rule(index=SEQUENCES, n=st.integers(100, 260))
     def generate(self, index: int, n: int) -> None:
         """Single tokens, far enough for a selection now and then."""
         sequence, generated = self.sequences[index], self._tokens(n)
+        if index in self.readings:
+            return
         while generated:
             room = self._room(sequence)
             some = generated[: max(room, 1)]
@@ -178,7 +293,7 @@ class Schedule(RuleBasedStateMachine):
         n = sequence.reference.n
         if count >= n:
             return
-        possible = count <= sequence.tail
+        possible = count <= sequence.tail and index not in self.readings
         assert self.context.remove(index, n - count) == possible
         if possible:
             sequence.add(-count)
@@ -187,17 +302,30 @@ class Schedule(RuleBasedStateMachine):
     @rule(index=SEQUENCES)
     def remove(self, index: int) -> None:
         assert self.context.remove(index)
+        self.readings.pop(index, None)
         self.sequences[index] = self._empty(self.sequences[index].rows)
 
-    @rule(index=SEQUENCES)
-    def select(self, index: int) -> None:
+    @rule()
+    def clear(self) -> None:
+        self.context.clear()
+        self.readings.clear()
+        self.sequences = [self._empty(sequence.rows) for sequence in self.sequences]
+
+    @rule(index=SEQUENCES, fault=FAULTS)
+    def select(self, index: int, fault: tuple[str, int] | None) -> None:
         sequence = self.sequences[index]
+        if index in self.readings:
+            return
         if sequence.overflows(0) and not sequence.reference.layers[0].queries.size:  # all were rolled back
             assert self.context.select(index) == -1
             assert "queries" in self.context.refusal
             return
+        got = self._try(lambda: self.context.select(index), fault)
+        if got == FAILED:
+            assert fault
+            return
         above = sequence.select()
-        assert self.context.select(index) == above
+        assert got == above
         if above:
             self._follow(index, 0)
 
@@ -210,7 +338,7 @@ class Schedule(RuleBasedStateMachine):
     def copy(self, index: int, step: int, cut: int) -> None:
         """The other sequence takes the place of its own; without some of the last tokens where they can be removed."""
         source, target = self.sequences[index], (index + step) % N_SEQ
-        if cut > source.reference.n:
+        if cut > source.reference.n or {index, target} & set(self.readings):
             return
         if cut > source.tail:
             with pytest.raises(Refused):
@@ -224,12 +352,17 @@ class Schedule(RuleBasedStateMachine):
 
     @rule(index=SEQUENCES)
     def save(self, index: int) -> None:
-        self.saved.append((self.context.saved(index), self.sequences[index].copy()))
+        if index not in self.readings:
+            self.saved.append((self.context.saved(index), self.sequences[index].copy()))
 
     @precondition(lambda self: self.saved)
     @rule(index=SEQUENCES, which=st.integers(0, 1 << 10))
     def restore(self, index: int, which: int) -> None:
         state, sequence = self.saved[which % len(self.saved)]
+        if index in self.readings:
+            with pytest.raises(Refused):
+                self.context.restore(state, index)
+            return
         self.context.restore(state, index)
         self.sequences[index] = sequence.copy()
 
