@@ -41,8 +41,11 @@ def save_sequence(path: Path, context: Context, sequence: int, tokens: Sequence[
         raise InvalidRequestError(f"sequence {sequence} has seen {count} tokens and is to be saved with {len(tokens)}")
     header = json.dumps(_identity(context, model)).encode()
     head = _HEAD.pack(_MAGIC, VERSION, len(header), count, len(state))
-    content = b"".join((head, header, struct.pack(f"<{count}i", *tokens), state))
-    write_atomic(path, content + hashlib.sha256(content).digest(), "save")
+    parts = [head, header, struct.pack(f"<{count}i", *tokens), state]
+    checksum = hashlib.sha256()
+    for part in parts:
+        checksum.update(part)
+    write_atomic(path, b"".join((*parts, checksum.digest())), "save")
 
 
 def load_sequence(path: Path, context: Context, sequence: int, model: str) -> list[int]:
@@ -85,10 +88,10 @@ def _check_identity(path: Path, header: Mapping[str, Any], expected: Mapping[str
             raise StateMismatchError(f"{path}: was saved with another {name}: {found}, here it is {value}")
 
 
-def _read(path: Path) -> tuple[Mapping[str, Any], list[int], bytes]:
+def _read(path: Path) -> tuple[Mapping[str, Any], list[int], memoryview]:
     """Return header, tokens and state of a file whose checksum is right."""
     try:
-        content = path.read_bytes()
+        content = memoryview(path.read_bytes())  # the state may be large: its slices are not copies
     except OSError as error:
         raise StateFileError(f"{path}: cannot be read ({error.strerror or error})") from None
     if content[: len(_MAGIC)] != _MAGIC[: len(content)] or not content:
@@ -101,12 +104,12 @@ def _read(path: Path) -> tuple[Mapping[str, Any], list[int], bytes]:
     expected = _HEAD.size + header_size + 4 * n_tokens + state_size + _CHECKSUM_BYTES
     if len(content) != expected:
         raise StateFileError(f"{path}: is damaged: it has {len(content)} bytes and should have {expected}")
-    if hashlib.sha256(memoryview(content)[:-_CHECKSUM_BYTES]).digest() != content[-_CHECKSUM_BYTES:]:
+    if hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest() != content[-_CHECKSUM_BYTES:]:
         raise StateFileError(f"{path}: is damaged: its checksum is another one")
     tokens_at = _HEAD.size + header_size
     state_at = tokens_at + 4 * n_tokens
     try:
-        header = json.loads(content[_HEAD.size : tokens_at])
+        header = json.loads(bytes(content[_HEAD.size : tokens_at]))
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):

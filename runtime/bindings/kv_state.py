@@ -31,7 +31,7 @@ def save(context: Context, sequence: int) -> bytes:
     return bytes(data)
 
 
-def restore(context: Context, sequence: int, state: bytes) -> None:
+def restore(context: Context, sequence: int, state: bytes | memoryview) -> None:
     """Put a sequence into a saved state; what it had is forgotten. There are no logits before its next token.
 
     Raises InvalidRequestError without a KV budget, and ContextError, with nothing changed, for a state of another kind
@@ -49,3 +49,5 @@ def restore(context: Context, sequence: int, state: bytes) -> None:
 def _require_budget(context: Context, sequence: int) -> None:
     if not context.kv_rows(sequence):
         raise InvalidRequestError("this context has no KV budget, and states are saved of sequences with one")
+    if context.model.simulated:
+        raise ContextError("this context was made to be measured and has no rows")

@@ -299,6 +299,17 @@ def test_states_that_cannot_be_are_refused_with_a_reason(spm_model: Model) -> No
 
 
 @pytest.mark.usefixtures("budgets")
+def test_a_context_without_memory_has_no_states(spm_path: Path, spm_model: Model) -> None:
+    with Context(spm_model, budget()) as context:
+        read(context, TOKENS[:300])
+        state = kv_state.save(context, 0)
+    with Model(spm_path, gpu_layers=0, simulated=True) as simulated, Context(simulated, budget()) as context:
+        for call in (lambda: kv_state.save(context, 0), lambda: kv_state.restore(context, 0, state)):
+            with pytest.raises(ContextError, match="made to be measured"):
+                call()
+
+
+@pytest.mark.usefixtures("budgets")
 def test_what_cannot_be_is_refused_with_a_reason(spm_model: Model) -> None:
     with Context(spm_model, budget(n_seq_max=2, n_batch=1000)) as context:
         read(context, TOKENS[:300])

@@ -196,7 +196,8 @@ def test_a_header_that_is_none(context: Context, tmp_path: Path, header: bytes) 
 
 def repacked(saved: Path, change: Callable[[dict[str, Any], list[int], bytes], tuple[Any, Any, Any]]) -> bytes:
     """A file whose checksum is right and whose parts are not those that were saved."""
-    header, tokens, state = change(*(lambda h, t, s: (dict(h), t, s))(*kv_file._read(saved)))
+    header, tokens, state = kv_file._read(saved)
+    header, tokens, state = change(dict(header), tokens, bytes(state))
     text = json.dumps(header).encode()
     head = struct.pack("<8sIIIQ", b"ZIGKV\r\n\0", kv_file.VERSION, len(text), len(tokens), len(state))
     return with_checksum(head + text + struct.pack(f"<{len(tokens)}i", *tokens) + state)

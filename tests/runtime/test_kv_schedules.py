@@ -299,17 +299,15 @@ class Schedule(RuleBasedStateMachine):
             sequence.add(-count)
             sequence.reference.forget(count)
 
-    @rule(index=SEQUENCES)
-    def remove(self, index: int) -> None:
-        assert self.context.remove(index)
-        self.readings.pop(index, None)
-        self.sequences[index] = self._empty(self.sequences[index].rows)
-
-    @rule()
-    def clear(self) -> None:
-        self.context.clear()
-        self.readings.clear()
-        self.sequences = [self._empty(sequence.rows) for sequence in self.sequences]
+    @rule(index=SEQUENCES, everything=st.sampled_from([False, False, False, True]))
+    def remove(self, index: int, everything: bool) -> None:
+        if everything:
+            self.context.clear()
+        else:
+            assert self.context.remove(index)
+        for each in range(N_SEQ) if everything else [index]:
+            self.readings.pop(each, None)
+            self.sequences[each] = self._empty(self.sequences[each].rows)
 
     @rule(index=SEQUENCES, fault=FAULTS)
     def select(self, index: int, fault: tuple[str, int] | None) -> None:
@@ -390,8 +388,8 @@ def test_random_schedules(shape: str, ubatch: int, prefill: str, kv_files: Model
     run_state_machine_as_test(
         OfThisModel,
         settings=settings(
-            max_examples=12,
-            stateful_step_count=25,
+            max_examples=60,
+            stateful_step_count=40,
             deadline=None,
             derandomize=True,
             database=None,
