@@ -157,7 +157,7 @@ ziggurat_kv_sequence read_numbers(llama_io_read_i & io, const ziggurat_kv_cache 
 }
 
 // Positions of one head ascend, and end before those of the rows that came after the selection.
-void check_positions(const std::vector<uint8_t> & bytes, llama_pos end, uint32_t il) {
+void check_ascending(const std::vector<uint8_t> & bytes, llama_pos end, uint32_t il) {
     double last = -1;
     for (size_t i = 0; i < bytes.size(); i += sizeof(float)) {
         float value;
@@ -187,7 +187,7 @@ saved_sequence read_sequence(llama_io_read_i & io, const ziggurat_kv_cache & kv,
         auto & bytes = res.bytes.emplace_back(p.size);
         io.read(bytes.data(), bytes.size());
         if (p.tensor == kv.layers[p.il].positions) {
-            check_positions(bytes, res.seq.next - (llama_pos) (res.seq.used[p.il] - res.seq.fixed[p.il]), p.il);
+            check_ascending(bytes, res.seq.next - (llama_pos) (res.seq.used[p.il] - res.seq.fixed[p.il]), p.il);
         }
     }
     return res;
