@@ -388,7 +388,7 @@ def test_random_schedules(shape: str, ubatch: int, prefill: str, kv_files: Model
     run_state_machine_as_test(
         OfThisModel,
         settings=settings(
-            max_examples=40,
+            max_examples=25,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
