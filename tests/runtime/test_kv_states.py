@@ -64,7 +64,9 @@ def test_two_branches_go_on_as_the_original_would(kv_model: BudgetModel, way: st
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("length", [300, 20])
+@pytest.mark.parametrize(
+    "length", [317, 20]
+)  # where the ring of queries begins anew between them, and where it does not
 def test_a_restored_sequence_goes_on_as_the_original_would(kv_model: BudgetModel, way: str, length: int) -> None:
     budget, options = WAYS[way]
     with kv_model.context(512, budget, n_seq=2, ubatch=64, **options) as context:
