@@ -26,8 +26,10 @@ WAYS: dict[str, tuple[Budget, dict[str, Any]]] = {
 
 
 def go_on(context: BudgetContext, sequence: int, seed: int) -> list[Floats]:
-    """Steps, a removed end, a short follow-up, a selection where one is due, steps, a long follow-up."""
-    logits = [context.read([token], sequence) for token in tokens(12, seed)]
+    """A selection by queries from before, steps, a removed end, another selection, short and long follow-ups."""
+    logits = [context.read([token], sequence) for token in tokens(2, seed + 4)]
+    assert context.select(sequence) >= 0
+    logits += [context.read([token], sequence) for token in tokens(12, seed)]
     assert context.remove(sequence, context.last(sequence) - 2)
     logits.append(context.read(tokens(3, seed + 1), sequence))
     assert context.select(sequence) >= 0
