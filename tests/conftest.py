@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Threads that share products as small as those of the tests mostly wait for each other, which takes all cores; whoever
+# needs more asks for them. It is read when torch and numpy are imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How fast an example comes says something of the machine's load, nothing of the code.
 settings.register_profile("ziggurat", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -31,21 +31,21 @@ FAMILIES = ["llama_tied", "llama_untied", "qwen2", "gemma3", "phi3", "mixtral", 
 @pytest.fixture(scope="module")
 def upstream(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Give upstream's own unquantized GGUF of a checkpoint; only the pre-tokenizer's name is made up."""
-    made: dict[tuple[str, str, str], Path] = {}
+    made: dict[tuple[Path, str], Path] = {}
 
-    def make(family: str, dtype: str, outtype: str = "bf16") -> Path:
+    def make(folder: Path, outtype: str = "bf16") -> Path:
         import torch
 
-        if (family, dtype, outtype) not in made:
-            folder, out = checkpoint(family, dtype=dtype), tmp_path_factory.mktemp("upstream") / f"{outtype}.gguf"
+        if (folder, outtype) not in made:
+            out = tmp_path_factory.mktemp("upstream") / f"{outtype}.gguf"
             model_class = _conversion.get_model_class(_architecture(folder))
             body = {"model_arch": model_class.model_arch, "get_vocab_base_pre": lambda self, tokenizer: "gpt-2"}
             ftype = _gguf.LlamaFileType["ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"]
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", ResourceWarning)
                 type("Upstream", (model_class,), body)(folder, ftype, out).write()
-            made[family, dtype, outtype] = out
-        return made[family, dtype, outtype]
+            made[folder, outtype] = out
+        return made[folder, outtype]
 
     return make
 
@@ -88,15 +88,17 @@ def write_imatrix(path: Path, columns: dict[str, tuple[int, ...]]) -> dict[str, 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_every_type(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
     """A checkpoint in F32 shows that the rounding to BF16 comes first, as in the chain."""
-    quantize(upstream("llama_gqa", "float32"), tmp_path / "ref.gguf", FTYPES[type_name])
-    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", plain(type=type_name))
+    folder = checkpoint("llama_gqa", dtype="float32")
+    quantize(upstream(folder), tmp_path / "ref.gguf", FTYPES[type_name])
+    convert(folder, tmp_path / "own.gguf", plain(type=type_name))
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
 
 @pytest.mark.parametrize("type_name", ["f32", "f16", "bf16"])
 def test_unquantized(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, type_name: str) -> None:
-    convert(checkpoint("llama_gqa", dtype="float32"), tmp_path / "own.gguf", plain(type=type_name))
-    same(tmp_path / "own.gguf", upstream("llama_gqa", "float32", type_name))
+    folder = checkpoint("llama_gqa", dtype="float32")
+    convert(folder, tmp_path / "own.gguf", plain(type=type_name))
+    same(tmp_path / "own.gguf", upstream(folder, type_name))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,8 +106,9 @@ def test_unquantized(checkpoint: MakeCheckpoint, upstream: Callable[..., Path], 
 def test_every_family(
     checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, family: str, type_name: str
 ) -> None:
-    quantize(upstream(family, "bfloat16"), tmp_path / "ref.gguf", FTYPES[type_name])
-    convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", plain(type=type_name))
+    folder = checkpoint(family, dtype="bfloat16")
+    quantize(upstream(folder), tmp_path / "ref.gguf", FTYPES[type_name])
+    convert(folder, tmp_path / "own.gguf", plain(type=type_name))
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
 
@@ -113,7 +116,8 @@ def test_every_family(
 def test_with_an_importance_matrix(
     checkpoint: MakeCheckpoint, upstream: Callable[..., Path], tmp_path: Path, family: str, type_name: str
 ) -> None:
-    source = upstream(family, "bfloat16")
+    folder = checkpoint(family, dtype="bfloat16", layers=1 if family == "mixtral" else 2)
+    source = upstream(folder)
     columns = {
         t.name: (t.data.shape[0] if t.data.ndim == 3 else 1, int(t.shape[0]))
         for t in _gguf.GGUFReader(source).tensors
@@ -122,7 +126,7 @@ def test_with_an_importance_matrix(
     means = write_imatrix(tmp_path / "imatrix.gguf", columns)
     quantize(source, tmp_path / "ref.gguf", FTYPES[type_name], means)
     settings = plain(type=type_name, imatrix=tmp_path / "imatrix.gguf")
-    convert(checkpoint(family, dtype="bfloat16"), tmp_path / "own.gguf", settings)
+    convert(folder, tmp_path / "own.gguf", settings)
     same(tmp_path / "own.gguf", tmp_path / "ref.gguf")
 
 

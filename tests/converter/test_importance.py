@@ -125,7 +125,7 @@ def test_equal_to_llama_cpps_quantizer_with_the_exported_matrix(
 
 def test_of_a_model_without_some_blocks(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """The matrix is that of the repaired model, under the names that its blocks have then."""
-    folder, prune = checkpoint("llama_gqa", layers=5), PruneSettings(blocks=(1, 3))
+    folder, prune = checkpoint("llama_gqa", layers=5, narrow=True), PruneSettings(blocks=(1, 3))
     exported, floats = tmp_path / "imatrix.gguf", tmp_path / "bf16.gguf"
     convert(folder, tmp_path / "own.gguf", settings(type="q4_0", prune=prune, export_imatrix=exported))
     convert(folder, floats, settings(type="bf16", prune=prune))
@@ -136,8 +136,8 @@ def test_of_a_model_without_some_blocks(checkpoint: MakeCheckpoint, tmp_path: Pa
 
 
 def test_what_is_noted(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder, out, report = checkpoint("llama_gqa"), tmp_path / "out.gguf", tmp_path / "report.json"
-    done = run(folder, out, "--report", report, "--export-imatrix", tmp_path / "matrix.gguf", *FLAGS)
+    folder, out, report = checkpoint("llama_gqa", narrow=True), tmp_path / "out.gguf", tmp_path / "report.json"
+    done = run(folder, out, "--report", report, "--export-imatrix", tmp_path / "matrix.gguf", "--type", "q4_0", *FLAGS)
     assert done.exit_code == 0, done.output
     tokens = read_tokens(open_checkpoint(folder), TEXT)
     written = json.loads(report.read_text())
@@ -214,14 +214,15 @@ class _Stop:
 def test_an_interrupted_conversion_goes_on_to_the_same_file(
     checkpoint: MakeCheckpoint, tmp_path: Path, stage: str, steps: int
 ) -> None:
-    folder, whole, out = checkpoint("llama_gqa", layers=4), tmp_path / "whole.gguf", tmp_path / "out.gguf"
-    convert(folder, whole, settings())
+    folder, whole, out = checkpoint("llama_gqa", layers=4, narrow=True), tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    how = settings(type="q4_0")
+    convert(folder, whole, how)
     with pytest.raises(KeyboardInterrupt):
-        convert(folder, out, settings(), _Stop(stage, steps))
+        convert(folder, out, how, _Stop(stage, steps))
     assert not out.exists() and work_folder(out).is_dir()
     with pytest.raises(CalibrationError, match=r"differs in .*sequence length \(64, now 32\)"):
-        convert(folder, out, settings(calibration=dataclasses.replace(TEXT, sequence=32)))
-    convert(folder, out, settings())
+        convert(folder, out, dataclasses.replace(how, calibration=dataclasses.replace(TEXT, sequence=32)))
+    convert(folder, out, how)
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
 

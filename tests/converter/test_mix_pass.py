@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,31 @@ def parameter_of(layer: str) -> tuple[str, slice]:
     return f"{layer}.weight", slice(None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    case: Model
+    losses: dict[str, Any]
+    gradients: dict[str, list[torch.Tensor]]
+    shares: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Measured]:
+    """Give what a family's model loses, and its gradients."""
+
+    @functools.cache
+    def make(name: str) -> Measured:
+        case = open_model(checkpoint(name, dtype="float32"))
+        losses = case.measure(tmp_path_factory.mktemp("whole"))
+        return Measured(case, losses, *whole_gradients(case.folder))
+
+    return make
+
+
 @pytest.mark.parametrize("name", ["llama_gqa", "phi3", "gpt2", "gemma2", "gemma3", "mixtral"])
-def test_losses_are_those_of_the_whole_models_gradients(name: str, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    case = open_model(checkpoint(name, dtype="float32"))
-    losses = case.measure(tmp_path)
-    gradients, _ = whole_gradients(case.folder)
+def test_losses_are_those_of_the_whole_models_gradients(name: str, measured: Callable[[str], Measured]) -> None:
+    this = measured(name)
+    case, losses, gradients = this.case, this.losses, this.gradients
     layers = {tensor: layer for layer, tensor in case.model.tensors.items()}
     assert set(losses) == set(case.wanted)
     checked = 0
@@ -107,21 +128,21 @@ def test_losses_are_those_of_the_whole_models_gradients(name: str, checkpoint: M
             for i, type_id in enumerate(TYPES):
                 wanted = 0.0
                 for expert, view in enumerate(views):
+                    e = error(view, type_id)
                     for g in gradients[parameter]:
                         g = g[expert][rows] if g.ndim == 3 else g.T if name == "gpt2" else g
-                        wanted += float((g * error(view, type_id)).double().sum(1).square().sum())
+                        wanted += float((g * e).double().sum(1).square().sum())
                 assert losses[tensor][i] == pytest.approx(wanted / (2 * TOKENS.ids.size), rel=2e-3)
                 checked += 1
     assert checked >= 2 * 2 * 4
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2"])
-def test_losses_of_embedding_and_head(name: str, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_losses_of_embedding_and_head(name: str, measured: Callable[[str], Measured]) -> None:
     """The head's are exact means over labels; a tied matrix has both."""
-    case = open_model(checkpoint(name, dtype="float32"))
-    losses = case.measure(tmp_path)
+    this = measured(name)
+    case, losses, gradients, shares = this.case, this.losses, this.gradients, this.shares
     blocks = case.model.blocks
-    gradients, shares = whole_gradients(case.folder)
     read, rows = head_inputs(case.folder), blocks.embedding_rows(torch.arange(blocks.n_vocab))
     for i, type_id in enumerate(TYPES):
         of_head = float((shares * (read @ error(blocks.head_matrix, type_id).T).square()).sum(1).mean()) / 2
@@ -177,9 +198,8 @@ def test_it_predicts_the_divergence(checkpoint: MakeCheckpoint, tmp_path: Path) 
     assert np.std(np.log(ratios)) < 0.5
 
 
-def test_a_sample_of_rows_tells_about_the_same(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    case = open_model(checkpoint("llama_gqa", dtype="float32"))
-    exact = case.measure(tmp_path / "all")
+def test_a_sample_of_rows_tells_about_the_same(measured: Callable[[str], Measured], tmp_path: Path) -> None:
+    case, exact = measured("llama_gqa").case, measured("llama_gqa").losses
     sample = MixSettings(losses=LossSettings(share=0.25, least_rows=16, least_values=1, head_rows=64))
     few = case.measure(tmp_path / "few", sample)
     assert np.std([np.log(few[name] / exact[name]) for name in exact]) < 0.25
@@ -224,10 +244,11 @@ def test_interrupted_it_goes_on(tmp_path: Path, tmp_path_factory: pytest.TempPat
         measure(case.model, case.wanted, TOKENS, dataclasses.replace(ALL_ROWS, seed=1), how)
 
 
-def test_in_a_coarse_model_other_gradients_but_the_same_errors(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_in_a_coarse_model_other_gradients_but_the_same_errors(
+    measured: Callable[[str], Measured], tmp_path: Path
+) -> None:
     """The head's error is measured on what the coarse blocks give, the blocks' weights are whole again afterwards."""
-    case = open_model(checkpoint("llama_gqa", dtype="float32"))
-    fine = case.measure(tmp_path / "fine")
+    case, fine = measured("llama_gqa").case, measured("llama_gqa").losses
     coarse = case.measure(tmp_path / "coarse", dataclasses.replace(ALL_ROWS, coarse=True))
     ratios = np.log([coarse[name] / fine[name] for name in fine])
     assert 0 < np.abs(ratios).max() < 1.5

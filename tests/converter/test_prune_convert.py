@@ -34,7 +34,8 @@ pytestmark = pytest.mark.usefixtures("quick_fit")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return families.build("llama_gqa", tmp_path_factory.mktemp("deep") / "model", layers=5, dtype="float32")
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    return families.build("llama_gqa", folder, layers=5, dtype="float32", narrow=True)
 
 
 def settings(repair: bool = True, **prune: object) -> ConvertSettings:
@@ -196,8 +197,8 @@ def test_wrong_calls(model: Path, words: list[str]) -> None:
 
 def test_a_norm_behind_the_projection(tmp_path: Path) -> None:
     """Such blocks can go, but no correction can be folded: said before anything is measured."""
-    folder = families.build("olmo2", tmp_path / "olmo2", layers=4)
-    options = ["--threads", 1, "--calibration-tokens", 256, "--calibration-sequence", 64]
+    folder = families.build("olmo2", tmp_path / "olmo2", layers=4, narrow=True)
+    options = ["--type", "q4_0", "--threads", 1, "--calibration-tokens", 256, "--calibration-sequence", 64]
     for words in ([tmp_path / "out.gguf", "--prune", 1], [tmp_path / "out.gguf", "--prune-blocks", 2]):
         done = run(folder, *words, *options)
         assert done.exit_code == 1

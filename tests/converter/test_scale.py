@@ -183,7 +183,7 @@ def test_the_same_again_and_with_other_threads(model: Callable[[str], Model]) ->
 def test_every_family(name: str, model: Callable[[str], Model]) -> None:
     """Scales are sound and fit the tensors; the block is left as it was."""
     this = model(name)
-    search = this.search(dataclasses.replace(QUICK, grid=2))
+    search = this.search(dataclasses.replace(QUICK, grid=2, finalists=1, final_values=1 << 14))
     before = {key: value.clone() for key, value in this.captured[-1].block.layer.state_dict().items()}
     found = {captured.place: search(captured) for captured in this.captured}
     scales = {place: scale.scales(arrays) for place, arrays in found.items()}

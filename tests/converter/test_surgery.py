@@ -10,6 +10,7 @@ import pytest
 from llama_cpp import _gguf
 
 from helpers import families
+from helpers.deep import build_deep
 from helpers.plain import plain
 from helpers.quantizer import quantize
 from helpers.stock import Gguf
@@ -34,7 +35,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(name: str) -> Path:
         if name not in made:
-            made[name] = families.build(name, tmp_path_factory.mktemp(name) / "model", layers=N_LAYER)
+            width = {} if name == "gpt2" else {"intermediate_size": 256}  # less to quantize
+            made[name] = build_deep(tmp_path_factory.mktemp(name) / "model", N_LAYER, name, "bfloat16", **width)
         return made[name]
 
     return make
@@ -51,10 +53,11 @@ def settings(type_name: str, blocks: tuple[int, ...] = REMOVED, imatrix: Path | 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "qwen3", "mixtral", "gpt2", "olmo2"])
 @pytest.mark.parametrize("type_name", ["q4_k_m", "q3_k_m", "q4_0"])
-def test_same_tensors_as_llama_cpp(deep: Callable[[str], Path], tmp_path: Path, family: str, type_name: str) -> None:
-    whole, theirs, ours = tmp_path / "whole.gguf", tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
-    convert(deep(family), whole, ConvertSettings(type="bf16", threads=1))
-    quantize(whole, theirs, FTYPES[type_name], prune=REMOVED, threads=1)
+def test_same_tensors_as_llama_cpp(
+    deep: Callable[[str], Path], gguf: Callable[[Path, str], Path], tmp_path: Path, family: str, type_name: str
+) -> None:
+    theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
+    quantize(gguf(deep(family), "bf16"), theirs, FTYPES[type_name], prune=REMOVED, threads=1)
     convert(deep(family), ours, settings(type_name))
     got, wanted = contents(ours), contents(theirs)
     assert sorted(got) == sorted(wanted)
@@ -62,9 +65,11 @@ def test_same_tensors_as_llama_cpp(deep: Callable[[str], Path], tmp_path: Path, 
         assert got[name] == wanted[name], name
 
 
-def test_importance_matrix_of_the_whole_model(deep: Callable[[str], Path], tmp_path: Path) -> None:
-    whole, theirs, ours, matrix = (tmp_path / f"{name}.gguf" for name in ("whole", "theirs", "ours", "matrix"))
-    convert(deep("llama_gqa"), whole, ConvertSettings(type="bf16", threads=1))
+def test_importance_matrix_of_the_whole_model(
+    deep: Callable[[str], Path], gguf: Callable[[Path, str], Path], tmp_path: Path
+) -> None:
+    theirs, ours, matrix = (tmp_path / f"{name}.gguf" for name in ("theirs", "ours", "matrix"))
+    whole = gguf(deep("llama_gqa"), "bf16")
     rng = np.random.default_rng(3)
     writer = _gguf.GGUFWriter(path=None, arch="imatrix")
     for tensor in _gguf.GGUFReader(whole).tensors:

@@ -65,9 +65,13 @@ def test_a_config_is_planned_like_its_conversion(name: str, style: Any, tmp_path
         assert not planned.weights_exact
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.build("llama_gqa", tmp_path_factory.mktemp("checkpoint") / "model")
+
+
 @pytest.mark.parametrize("type_name", FILE_TYPES)
-def test_the_size_of_each_file_type(type_name: str, tmp_path: Path) -> None:
-    folder = families.build("llama_gqa", tmp_path / "model")
+def test_the_size_of_each_file_type(type_name: str, folder: Path, tmp_path: Path) -> None:
     convert(folder, tmp_path / "m.gguf", plain(type=type_name, threads=1))
     converted = plan.outline(read_gguf(tmp_path / "m.gguf")).weights.total
     assert checkpoint_outline(folder, type_name).weights.total == pytest.approx(converted, rel=0.02)
