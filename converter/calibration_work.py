@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -58,6 +59,7 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
     return {"config": hashlib.sha256(config).hexdigest(), "weights": digest.hexdigest()}
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of the libraries that the figures come from."""
     return {name: importlib.metadata.version(name) for name in ("ziggurat", "torch", "transformers")}

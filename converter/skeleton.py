@@ -70,7 +70,8 @@ def _without_weights() -> Iterator[None]:
     """Let modules be built without memory for matrices, while what they compute for themselves is really there.
 
     Modules make room for matrices by `torch.empty` and compute buffers by anything else, so only that goes to the
-    device without memory. (All of it there, as `torch.device("meta")` does, would lose rotary frequencies.)
+    device without memory. (All of it there, as `torch.device("meta")` does, would lose rotary frequencies.) Drawing
+    random values for what is not there would take most of the time.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -80,6 +81,8 @@ def _without_weights() -> Iterator[None]:
             kwargs = dict(kwargs or {})
             if func is torch.empty:
                 kwargs["device"] = "meta"
+            elif func is torch.nn.init.normal_ and kwargs["tensor"].is_meta:
+                return kwargs["tensor"]
             return func(*args, **kwargs)
 
     with Meta():

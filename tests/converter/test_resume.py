@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -72,12 +73,18 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(build_deep(folder, 6, hidden_size=64, intermediate_size=96, num_attention_heads=4))
 
 
+@functools.lru_cache(1)
+def blocks_of(folder: Path) -> Blocks:
+    return Blocks(open_checkpoint(folder))
+
+
 def mend(
     deep: Checkpoint, work: Path | None, watcher: Watcher | None = None, tokens: CalibrationTokens = TOKENS,
     how: RepairSettings | None = REPAIR, **settings: Any,
 ) -> Repaired:  # fmt: skip
     removed = settings.pop("removed", REMOVED)
-    return cut(Blocks(deep), tokens, removed, dataclasses.replace(SETTINGS, work=work, **settings), how, watcher)
+    calibrating = dataclasses.replace(SETTINGS, work=work, **settings)
+    return cut(blocks_of(deep.folder), tokens, removed, calibrating, how, watcher)
 
 
 def assert_same(got: Repaired, wanted: Repaired) -> None:
@@ -208,7 +215,7 @@ def test_a_repair_killed_while_it_saves(
 
 
 def search(deep: Checkpoint, work: Path | None, n: int, watcher: Watcher, **settings: Any) -> tuple[int, ...]:
-    how, blocks = dataclasses.replace(SETTINGS, work=work, **settings), Blocks(deep)
+    how, blocks = dataclasses.replace(SETTINGS, work=work, **settings), blocks_of(deep.folder)
     with remembered_losses(blocks, settings.pop("tokens", TOKENS), how, watcher) as losses:
         return choice.by_perplexity(losses, blocks.n_layer, n)
 
