@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from ziggurat.converter import compensate_step, embedding, families, fold, linears, scale, scale_groups, weights
 from ziggurat.converter.checkpoint import Checkpoint
@@ -20,7 +16,6 @@ from ziggurat.converter.compensate import CompensateSettings
 from ziggurat.converter.compensate_step import Arrays, Compensation, Given
 from ziggurat.converter.depth import Measuring
 from ziggurat.converter.imatrix import Float32, write_imatrix
-from ziggurat.converter.report import Estimate
 from ziggurat.converter.scale import ScaleSearch
 from ziggurat.converter.scale_groups import Group
 from ziggurat.converter.tuning_record import CalibrationRecord, CompensationRecord, ImportanceRecord, ScalesRecord
@@ -33,9 +28,6 @@ if TYPE_CHECKING:
     from ziggurat.converter.tune import BlockStep, TunedModel
 
 logger = logging.getLogger(__name__)
-
-# A matrix product of this many rows tells how fast a pass will be.
-TRIAL_ROWS, TRIAL_COLUMNS = 512, 1024
 
 # Tokens that the importance of the embedding's columns is averaged over.
 EMBEDDING_TOKENS = 2048
@@ -254,39 +246,3 @@ def _model(
     tensors = linears.tensor_names(measuring.checkpoint, plan, removed)
     blocks = Blocks(measuring.checkpoint, measuring.settings.device, measuring.settings.dtype)
     return TunedModel(blocks, tensors, removed, folds or {})
-
-
-def add_cost(estimate: Estimate, plan: Plan, measuring: Measuring) -> Estimate:
-    """An estimate with the pass: time from that of a small matrix product, memory from the largest block."""
-    sizes: dict[str, int] = {}
-    active = 0.0
-    experts, used = plan.value("{arch}.expert_count", 0), plan.value("{arch}.expert_used_count", 0)
-    for tensor in plan.tensors:
-        if not tensor.name.startswith("blk."):
-            continue
-        block, count = tensor.name.split(".")[1], math.prod(tensor.shape)
-        sizes[block] = sizes.get(block, 0) + count
-        active += count * used / experts if "_exps" in tensor.name and experts else count
-    tokens, n_embd = measuring.tokens.ids.size, int(plan.value("{arch}.embedding_length", 0))
-    hidden = 4 * tokens * n_embd
-    kept = hidden if hidden <= measuring.settings.memory_share * psutil.virtual_memory().available else 0
-    held = psutil.Process().memory_info().rss + 4 * max(sizes.values(), default=0) + kept
-    return dataclasses.replace(
-        estimate,
-        seconds=estimate.seconds + active * tokens * _seconds_per_product(measuring.settings.threads),
-        memory_bytes=max(estimate.memory_bytes, held),
-    )
-
-
-def _seconds_per_product(threads: int | None) -> float:
-    """Seconds per multiplication of a weight with an activation."""
-    import torch
-
-    from ziggurat.converter.calibrate import torch_threads
-
-    with torch_threads(threads):
-        a, b = torch.ones(TRIAL_ROWS, TRIAL_COLUMNS), torch.ones(TRIAL_COLUMNS, TRIAL_COLUMNS)
-        a @ b
-        start = time.perf_counter()
-        a @ b
-        return (time.perf_counter() - start) / (TRIAL_ROWS * TRIAL_COLUMNS * TRIAL_COLUMNS)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ziggurat.converter import depth, fitting, hub, mixing, quantize, recipes, surgery, upstream
+from ziggurat.converter import depth, fit_cost, fitting, hub, mixing, quantize, recipes, surgery, upstream
 from ziggurat.converter.calibrate import CalibrateSettings
 from ziggurat.converter.calibration_text import TextSettings
 from ziggurat.converter.calibration_work import discard
@@ -163,7 +163,9 @@ def convert(
             mixer.capacity(file.header_bytes)
         weighted = wanted.importance or importance is not None
         expected = estimate(plan, types, file.sizes, checkpoint.nbytes, threads=threads, weighted=weighted)
-        progress.planned(fitting.add_cost(expected, plan, measuring) if wanted.needed else expected)
+        if wanted.needed:
+            expected = fit_cost.add_cost(expected, plan, measuring, wanted, mixed=mixer is not None)
+        progress.planned(expected)
 
     def open_file() -> GGUFFile:
         layout = [(t.name, t.shape, type_id) for t, type_id in zip(plan.tensors, types, strict=True)]
