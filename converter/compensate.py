@@ -44,8 +44,6 @@ class CompensateSettings:
     """Tensors with more are quantized plainly: their Gram matrix would not fit."""
     values: int = 1 << 22
     """Weights that a thread works on at a time, in whole rows."""
-    threads: int = 1
-    """Changes the last digits only."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,9 @@ def supported(type_id: int, columns: int, settings: CompensateSettings) -> bool:
 
 
 def compensate_all(
-    matrices: Sequence[Matrix], gram: torch.Tensor, held_out: torch.Tensor, settings: CompensateSettings, pool: Executor
-) -> list[Compensated]:
+    matrices: Sequence[Matrix], gram: torch.Tensor, held_out: torch.Tensor, settings: CompensateSettings,
+    pool: Executor, threads: int = 1,
+) -> list[Compensated]:  # fmt: skip
     """Quantize the matrices that read one input.
 
     Args:
@@ -128,11 +127,12 @@ def compensate_all(
         held_out: other inputs, shape [tokens, c].
         settings: how.
         pool: who does it; its threads compute on one core each.
+        threads: what the Gram matrix is worked on with; the last digits depend on it.
 
     Raises:
         QuantizeError: ggml finds non-finite scales.
     """
-    metric, shrinkage = choose_metric(matrices, Gram(gram, settings.threads), held_out, settings, pool)
+    metric, shrinkage = choose_metric(matrices, Gram(gram, threads), held_out, settings, pool)
     results = []
     for matrix in matrices:
         size = _size(matrix, held_out)

@@ -90,6 +90,7 @@ class Compensation:
     importance: Mapping[str, Float32] | None = None
     """That, by tensor, if it does not come from the pass itself."""
     settings: CompensateSettings = CompensateSettings()
+    threads: int = 1
 
     name = NAME
     grams = True
@@ -115,7 +116,7 @@ class Compensation:
         found: dict[str, npt.NDArray[Any]] = {}
         inputs = _held_out_inputs(captured)
         # threads of torch's own would wait for each other at every column
-        with torch_threads(1), ThreadPoolExecutor(self.settings.threads, thread_name_prefix="compensate") as pool:
+        with torch_threads(1), ThreadPoolExecutor(self.threads, thread_name_prefix="compensate") as pool:
             for layers in _by_input(captured):
                 names = [captured.tensors[layer] for layer in layers if self._compensable(captured.tensors[layer])]
                 if names:
@@ -156,7 +157,7 @@ class Compensation:
             ggml.prepare(self.types[tensor.name])
             matrices.append(Matrix(_read(tensor).to(gram.device), self.types[tensor.name], importance))
         try:
-            results = compensate_all(matrices, gram, held_out, self.settings, pool)
+            results = compensate_all(matrices, gram, held_out, self.settings, pool, self.threads)
         except QuantizeError as e:
             raise QuantizeError(f"tensor {', '.join(names)}: {e}") from None
         for name, result in zip(names, results, strict=True):

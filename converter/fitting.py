@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from ziggurat.converter import compensate_step, embedding, families, fold, linears, scale, scale_groups, weights
 from ziggurat.converter.checkpoint import Checkpoint
-from ziggurat.converter.compensate import CompensateSettings
 from ziggurat.converter.compensate_step import Arrays, Compensation, Given
 from ziggurat.converter.depth import Measuring
 from ziggurat.converter.imatrix import Float32, write_imatrix
@@ -144,7 +143,7 @@ def fit(
     if groups:
         steps.append(ScaleSearch(groups, target, plan.model_shape(), weighted, importance, threads=threads))
     if settings.compensates:
-        steps.append(Compensation(plan, target, groups, weighted, importance, CompensateSettings(threads=threads)))
+        steps.append(Compensation(plan, target, groups, weighted, importance, threads=threads))
     finished = tune(model, tokens, steps, how, measuring.progress)
     calibration = CalibrationRecord(tokens.source, tokens.ids.size, tokens.ids.shape[1], tokens.sha256)
     metadata, record = {**plan.metadata, **calibration.metadata()}, None
@@ -194,7 +193,7 @@ def compensate(
     target = {tensor.name: type_id for tensor, type_id in zip(plan.tensors, types, strict=True)}
     weighted = settings.importance or importance is not None
     threads = measuring.settings.threads or len(os.sched_getaffinity(0))
-    compensation = Compensation(plan, target, groups, weighted, importance, CompensateSettings(threads=threads))
+    compensation = Compensation(plan, target, groups, weighted, importance, threads=threads)
     steps: list[BlockStep] = [Given(scale.NAME, fitted.found), compensation]
     finished = tune(model, measuring.tokens, steps, measuring.settings, measuring.progress, stage="compensation")
     return _compensated(fitted, target, finished)
