@@ -1,10 +1,11 @@
 """`convert` with AWQ and importance matrix against llama.cpp's own chain that ends in the like, interleaved.
 
-The chain is convert_hf_to_gguf.py, llama-imatrix and llama-quantize --imatrix; both sides calibrate on as many tokens
-of the same text. Wall time, and peak memory of whole processes (the largest of the chain's three), on a random model
-of the 1B shape. The last line is JSON.
+The chain is convert_hf_to_gguf.py, llama-imatrix and llama-quantize --imatrix; all sides calibrate on as many tokens
+of the same text. `convert` runs with its defaults, and without compensating errors, which the chain has nothing like.
+Wall time, and peak memory of whole processes (the largest of the chain's three), on a random model of the 1B shape. The
+last line is JSON.
 
-usage: python tests/benchmarks/quant_speed.py --llama-cpp TREE --tools DIR [--pairs 3] [--type q4_k_m] [--tokens 8192]
+usage: python tests/benchmarks/quant_speed.py --llama-cpp TREE --tools DIR [--rounds 3] [--type q4_k_m] [--tokens 8192]
            [--outtype bf16] [--layers N] [--work FOLDER] [--json FILE]
 TREE is the vendored llama.cpp of the pinned source distribution, DIR holds llama-imatrix and llama-quantize built from
 it.
@@ -26,6 +27,7 @@ from llama_cpp_chain import Chain
 from random_model import write_model
 
 SEQUENCE = 512
+DEFAULT, SCALES, CHAIN = "convert", "convert --no-compensation", "chain"
 TEXT = "the quick brown fox jumps over the lazy dog, a model of random weights says nothing at all.\n"
 
 
@@ -42,16 +44,19 @@ def sides(options: argparse.Namespace, work: Path, threads: int) -> dict[str, li
         chain.imatrix(whole, text, matrix, SEQUENCE, chunks),
         chain.quantize(whole, work / "theirs.gguf", options.type, matrix),
     ]
-    return {"convert": [[str(word) for word in ours]], "chain": theirs}
+    whole_convert = [str(word) for word in ours]
+    return {DEFAULT: [whole_convert], SCALES: [[*whole_convert, "--no-compensation"]], CHAIN: theirs}
 
 
 def summary(rows: list[dict[str, tuple[float, int]]]) -> dict[str, Any]:
     """Medians and extremes of the pairs."""
-    ratios = [row["convert"][0] / row["chain"][0] for row in rows]
-    found = {"ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-    for side in ("convert", "chain"):
-        found[f"{side}_seconds"] = statistics.median(row[side][0] for row in rows)
-        found[f"{side}_peak_bytes"] = max(row[side][1] for row in rows)
+    found = {}
+    for side in rows[0]:
+        ratios = [row[side][0] / row[CHAIN][0] for row in rows]
+        found[side] = {
+            "seconds": statistics.median(row[side][0] for row in rows), "peak_bytes": max(row[side][1] for row in rows),
+            "ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+        }  # fmt: skip
     return found
 
 
@@ -60,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-cpp", type=Path, required=True)
     parser.add_argument("--tools", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--type", default="q4_k_m")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--outtype", choices=("bf16", "f16"), default="bf16")
@@ -73,15 +78,15 @@ def main() -> None:
         work = Path(name)
         write_model(work / "model", "1b", options.layers)
         commands = sides(options, work, threads)
-        for i in range(options.pairs):
+        for i in range(options.rounds):
             order = list(commands) if i % 2 == 0 else list(reversed(commands))
             rows.append({side: measure(*commands[side]) for side in order})
             for side in commands:
                 seconds, peak = rows[-1][side]
-                print(f"pair {i + 1}, {side}: {seconds:.1f} s, {peak / 1e9:.2f} GB", flush=True)
+                print(f"round {i + 1}, {side}: {seconds:.1f} s, {peak / 1e9:.2f} GB", flush=True)
     result = {
         "benchmark": "quant_speed", "type": options.type, "outtype": options.outtype, "tokens": options.tokens,
-        "layers": options.layers, "threads": threads, "pairs": options.pairs, **summary(rows),
+        "layers": options.layers, "threads": threads, "rounds": options.rounds, "sides": summary(rows),
     }  # fmt: skip
     text = json.dumps(result)
     if options.json is not None:
