@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--outtype", choices=("bf16", "f16"), default="bf16")
     parser.add_argument("--layers", type=int, help="another depth than the shape's 16, for a quick look")
+    parser.add_argument("--sides", nargs="+", choices=(DEFAULT, SCALES), default=[DEFAULT, SCALES])
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -77,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         work = Path(name)
         write_model(work / "model", "1b", options.layers)
-        commands = sides(options, work, threads)
+        commands = {side: c for side, c in sides(options, work, threads).items() if side in (*options.sides, CHAIN)}
         for i in range(options.rounds):
             order = list(commands) if i % 2 == 0 else list(reversed(commands))
             rows.append({side: measure(*commands[side]) for side in order})
