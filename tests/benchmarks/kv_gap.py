@@ -3,8 +3,9 @@
 Parts, chosen by flags:
 
     --gap 12288       the time between two tokens of 4 decoding sequences, undisturbed and while a prompt of that length
-                      is read for a fifth, one step of it (a ubatch in one layer) before each of their tokens; against
-                      it the same prompt read with nobody else, in one call. Interleaved, as often as --rounds says.
+                      is read for a fifth, one step of it (a ubatch in one layer) before each of their tokens, or as many
+                      as fit into --spend seconds; against it the same prompt read with nobody else, in one call.
+                      Interleaved, as often as --rounds says.
     --endless 10000   so many tokens of 4 sequences on a budget of --endless-rows: resident memory and buffers on the
                       way, and how many sequences selected in one step at most
 
@@ -13,7 +14,7 @@ a pyramid of --rows on average. Times are in seconds, of the clock, or with --cp
 machine changes less; with one thread they are the same on an idle one. The last line is JSON; --json FILE appends it to
 that file's list.
 
-usage: python tests/benchmarks/kv_gap.py --work FOLDER --gap 12288 [--threads 1] [--rounds 2] [--cpu-time]
+usage: python tests/benchmarks/kv_gap.py --work FOLDER --gap 12288 [--threads 1] [--spend 0.6] [--rounds 2] [--cpu-time]
 """
 
 from __future__ import annotations
@@ -72,16 +73,19 @@ def read_alone(context: BudgetContext, prompt: list[int]) -> float:
     return Clock.now() - begun
 
 
-def read_beside(context: BudgetContext, prompt: list[int]) -> tuple[list[float], list[float]]:
-    """A prompt in steps with a token of the others after each; return their gaps, and the steps' seconds."""
+def read_beside(context: BudgetContext, prompt: list[int], spend: float) -> tuple[list[float], list[float]]:
+    """A prompt in steps, and a token of the others when so many seconds are spent; return gaps, and seconds of steps."""
     context.remove(DECODING)
     context.begin(prompt, DECODING)
     gaps, steps, finished = [], [], False
     last = step(context)
     while not finished:
-        begun = Clock.now()
-        finished = bool(context.step(DECODING).finished)
-        steps.append(Clock.now() - begun)
+        spent = 0.0
+        while not finished and (spent == 0 or spent + steps[-1] <= spend):
+            begun = Clock.now()
+            finished = bool(context.step(DECODING).finished)
+            steps.append(Clock.now() - begun)
+            spent += steps[-1]
         now = step(context)
         gaps.append(now - last)
         last = now
@@ -107,7 +111,7 @@ def gap(model: BudgetModel, options: argparse.Namespace) -> Figures:
             quiet += gaps_undisturbed(context, options.steps)
             alone = read_alone(context, prompt) if turn % 2 else 0.0
             begun = Clock.now()
-            own_gaps, own_steps = read_beside(context, prompt)
+            own_gaps, own_steps = read_beside(context, prompt, options.spend)
             wall = Clock.now() - begun
             alone = alone or read_alone(context, prompt)
             rounds.append((alone, sum(own_steps), wall))
@@ -118,7 +122,7 @@ def gap(model: BudgetModel, options: argparse.Namespace) -> Figures:
     bound = 3 * undisturbed + p95(steps)
     return {
         "part": "gap", "tokens": options.gap, "decoding": DECODING, "rows": options.rows, "threads": options.threads,
-        "cpu_time": options.cpu_time, "rounds": options.rounds, "steps": len(steps) // options.rounds,
+        "cpu_time": options.cpu_time, "spend_s": options.spend, "rounds": options.rounds, "steps": len(steps) // options.rounds,
         "undisturbed_gap_median_s": undisturbed, "undisturbed_gap_p95_s": p95(quiet),
         "gap_median_s": statistics.median(gaps), "gap_p95_s": p95(gaps), "gap_max_s": max(gaps),
         "step_median_s": statistics.median(steps), "step_p95_s": p95(steps),
@@ -176,6 +180,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="times of this process")
     parser.add_argument("--rows", type=int, default=1024, help="mean over the layers (default: %(default)s)")
     parser.add_argument("--endless-rows", type=int, default=256, help="the same, of --endless (default: %(default)s)")
+    parser.add_argument("--spend", type=float, default=0.0, help="seconds of steps between two tokens, one at least")
     parser.add_argument("--rounds", type=int, default=2, help="of --gap (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="undisturbed tokens of a round (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="append the result to this file's list")
