@@ -3,8 +3,8 @@
 Parts, chosen by flags:
 
     --gap 12288       the time between two tokens of 4 decoding sequences, undisturbed and while a prompt of that length
-                      is read for a fifth, one step of it (a ubatch in one layer) before each of their tokens, or as many
-                      as fit into --spend seconds; against it the same prompt read with nobody else, in one call.
+                      is read for a fifth, one step of it (a ubatch in one layer) before each of their tokens, or as
+                      many as fit into --spend seconds; against it the same prompt read with nobody else, in one call.
                       Interleaved, as often as --rounds says.
     --endless 10000   so many tokens of 4 sequences on a budget of --endless-rows: resident memory and buffers on the
                       way, and how many sequences selected in one step at most
@@ -74,7 +74,7 @@ def read_alone(context: BudgetContext, prompt: list[int]) -> float:
 
 
 def read_beside(context: BudgetContext, prompt: list[int], spend: float) -> tuple[list[float], list[float]]:
-    """A prompt in steps, and a token of the others when so many seconds are spent; return gaps, and seconds of steps."""
+    """A prompt in steps, and a token of the others when so many seconds are spent; return gaps, and steps' seconds."""
     context.remove(DECODING)
     context.begin(prompt, DECODING)
     gaps, steps, finished = [], [], False
@@ -122,7 +122,8 @@ def gap(model: BudgetModel, options: argparse.Namespace) -> Figures:
     bound = 3 * undisturbed + p95(steps)
     return {
         "part": "gap", "tokens": options.gap, "decoding": DECODING, "rows": options.rows, "threads": options.threads,
-        "cpu_time": options.cpu_time, "spend_s": options.spend, "rounds": options.rounds, "steps": len(steps) // options.rounds,
+        "cpu_time": options.cpu_time, "spend_s": options.spend, "rounds": options.rounds,
+        "steps": len(steps) // options.rounds,
         "undisturbed_gap_median_s": undisturbed, "undisturbed_gap_p95_s": p95(quiet),
         "gap_median_s": statistics.median(gaps), "gap_p95_s": p95(gaps), "gap_max_s": max(gaps),
         "step_median_s": statistics.median(steps), "step_p95_s": p95(steps),
