@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from ziggurat.runtime.errors import InvalidRequestError
+from ziggurat.runtime.logprobs import MAX_LOGPROBS, TokenLogprobs
 from ziggurat.runtime.sampling import SamplingParams
 from ziggurat.runtime.stream import EventStream
 
-#: Why a generation ended: an end token or stop string, the token limit or a full context, or a cancellation.
+#: Why a generation ended: an end token, a stop string or the end of a grammar; the token limit or a full context; or a
+#: cancellation.
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -35,7 +37,8 @@ class GenerationRequest:
     ``messages`` go through the model's chat template, ``prompt`` is tokenized as it is (special tokens written in it
     are recognized; BOS is added once if the model wants it), ``tokens`` are taken unchanged. ``max_tokens`` None means
     until the model ends or the context is full, which it never is with a KV budget. Generation ends before any of the
-    ``stop`` strings.
+    ``stop`` strings, or where the grammar of ``sampling`` ends. ``logprobs`` asks for the log-probability of each token
+    and of so many of the likeliest ones, 0 to 20, before any sampler; None for none.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -44,6 +47,7 @@ class GenerationRequest:
     max_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
@@ -56,6 +60,8 @@ class GenerationRequest:
             raise InvalidRequestError(f"the number of tokens to generate is {self.max_tokens}; it must be at least 1")
         if any(not stop for stop in self.stop):
             raise InvalidRequestError("a stop string is empty")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise InvalidRequestError(f"logprobs is {self.logprobs}; it must be from 0 to {MAX_LOGPROBS}")
 
 
 @dataclass(frozen=True)
@@ -106,10 +112,14 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token. ``text`` is what became certain with it: whole characters, often none, or of several."""
+    """One generated token. ``text`` is what became certain with it: whole characters, often none, or of several.
+
+    ``logprobs`` is there when the request asked for it.
+    """
 
     token: int
     text: str
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)

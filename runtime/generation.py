@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from ziggurat.runtime.bindings import Batch, Context, Progress
 from ziggurat.runtime.engine import FinishReason, GenerationRequest, GenerationStats, TokenEvent
-from ziggurat.runtime.sampling import build_chain
+from ziggurat.runtime.logprobs import token_logprobs
+from ziggurat.runtime.sampler import Sampler
 from ziggurat.runtime.text import TextAssembler
 
 Clock = Callable[[], float]
@@ -36,6 +37,7 @@ class Generation:
     """The state of one sequence, from its first prompt token to its last generated one.
 
     ``step`` does one piece of work and returns the token it made, if any; ``reason`` is set when it is done.
+    ``sampler`` is the request's own, made here if it is not given; ``finish`` closes it.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Generation:
         sequence: int = 0,
         kv: KVFigures,
         submitted: float,
+        sampler: Sampler | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.request = request
@@ -59,8 +62,8 @@ class Generation:
         self._kv = kv
         self._clock = clock
         self._submitted = submitted
-        self._sampling = request.sampling.seeded()
-        self._chain = build_chain(self._sampling, self._vocab)
+        self._sampler = sampler or Sampler(request.sampling, self._vocab, context.settings.n_ctx)
+        self._sampler.prime(tokens)
         self._text = TextAssembler(request.stop)
         self._n_read = 0
         self._progress: Progress | None = None
@@ -119,11 +122,11 @@ class Generation:
         return self._choose(index) if last else None
 
     def _choose(self, index: int) -> TokenEvent | None:
-        token = self._chain.sample(self._context, index)
+        token = self._sampler.sample(self._context, index)
         self._last = self._clock()
         if not self._first_token:
             self._first_token = self._prompt_done = self._last
-        if self._vocab.is_eog(token):
+        if token is None or self._vocab.is_eog(token):
             self.reason = "stop"
             return None
         self.n_generated += 1
@@ -133,7 +136,11 @@ class Generation:
             self.reason = "stop"
         elif self._is_full():
             self.reason = "length"
-        return TokenEvent(token, text)
+        wanted = self.request.logprobs
+        if wanted is None:
+            return TokenEvent(token, text)
+        logits = self._context.logits(index)
+        return TokenEvent(token, text, token_logprobs(logits, token, wanted, self._vocab))
 
     def _is_full(self) -> bool:
         limit = self.request.max_tokens
@@ -159,7 +166,7 @@ class Generation:
 
     def finish(self) -> str:
         """Return the text still held back, and free the sampler."""
-        self._chain.close()
+        self._sampler.close()
         return self._text.finish()
 
     def stats(self) -> GenerationStats:
@@ -178,5 +185,5 @@ class Generation:
             kv_rows_per_layer=self._prompt_rows or self._rows(self._n_read),
             evicted_rows=self._evicted(),
             n_ctx=self._context.settings.n_ctx,
-            seed=None if self._sampling.temperature == 0 else self._sampling.seed,
+            seed=self._sampler.params.seed if self._sampler.params.random else None,
         )

@@ -24,6 +24,7 @@ from ziggurat.runtime.errors import (
 )
 from ziggurat.runtime.generation import Generation
 from ziggurat.runtime.loader import EngineSettings, Loaded, load
+from ziggurat.runtime.sampler import Sampler
 from ziggurat.runtime.stream import Channel, EventStream
 
 __all__ = ["EngineSettings", "LlamaEngine"]
@@ -36,6 +37,7 @@ class _Job:
     request: GenerationRequest
     tokens: list[int]
     channel: Channel[Event]
+    sampler: Sampler
     submitted: float
     cancelled: bool = False
     prompt_progress: float = 0.0
@@ -118,7 +120,9 @@ class LlamaEngine:
         tokens = loaded.prompts.encode(request)
         if len(tokens) > loaded.info.n_ctx:
             raise PromptTooLongError(len(tokens), loaded.info.n_ctx, loaded.info.n_ctx_train)
-        job = _Job(request, tokens, Channel(), submitted)
+        # here and not in the engine's thread: what is wrong with it is the caller's, and others need not wait for it
+        sampler = Sampler(request.sampling, loaded.model.vocab, loaded.info.n_ctx)
+        job = _Job(request, tokens, Channel(), sampler, submitted)
         with state.lock:
             if state.closing:
                 raise EngineClosedError("the engine was closed")
@@ -234,7 +238,9 @@ class _Worker:
     def _generate(self, job: _Job, serving: Serving) -> FinishEvent | None:
         """Run one request to its end; None when the engine closes first."""
         context = serving.context
-        generation = Generation(job.request, job.tokens, context, kv=serving.kv, submitted=job.submitted)
+        generation = Generation(
+            job.request, job.tokens, context, kv=serving.kv, submitted=job.submitted, sampler=job.sampler
+        )
         try:
             while generation.reason is None:
                 if self._state.closing:

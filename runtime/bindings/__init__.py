@@ -1,14 +1,17 @@
 """The only room that touches llama.cpp's C API: typed, documented, and safe to call from Python.
 
 ``library`` finds and probes it, ``model`` and ``vocab`` hold weights and tokens, ``context`` and ``batch`` decode,
-``kv`` bounds the rows that stay, ``kv_state`` saves them, ``sampler`` chooses, ``memory`` and ``simulation`` say what
-is or would be allocated, ``log`` turns its log into reasons, ``abort`` stops it. Everything that would make the library
-abort the process (a token id out of range, logits never computed, an oversized batch) is an exception here.
+``kv`` bounds the rows that stay, ``kv_state`` saves them, ``sampler`` chooses a token, from ``candidates`` where a
+``grammar`` bounds them, ``memory`` and ``simulation`` say what is or would be allocated, ``log`` turns its log into
+reasons, ``abort`` stops it. Everything that would make the library abort the process (a token id out of range, logits
+never computed, an oversized batch) is an exception here.
 """
 
 from ziggurat.runtime.bindings.abort import AbortFlag
 from ziggurat.runtime.bindings.batch import Batch
+from ziggurat.runtime.bindings.candidates import Candidates
 from ziggurat.runtime.bindings.context import CACHE_TYPES, FLASH_ATTENTION, Context, ContextSettings
+from ziggurat.runtime.bindings.grammar import GrammarSampler
 from ziggurat.runtime.bindings.kv import KVLayout, KVSettings, Progress
 from ziggurat.runtime.bindings.library import Device, LibraryInfo, devices, probe, supports_gpu_offload, system_info
 from ziggurat.runtime.bindings.memory import BufferMemory, can_measure, measure
@@ -23,9 +26,11 @@ __all__ = [
     "AbortFlag",
     "Batch",
     "BufferMemory",
+    "Candidates",
     "Context",
     "ContextSettings",
     "Device",
+    "GrammarSampler",
     "KVLayout",
     "KVSettings",
     "LibraryInfo",

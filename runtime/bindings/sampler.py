@@ -2,57 +2,106 @@
 
 from __future__ import annotations
 
-import math
+import ctypes
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ziggurat.runtime.bindings import library
 from ziggurat.runtime.bindings.context import Context
+from ziggurat.runtime.bindings.vocab import Vocab
+
+#: Below this part of the likeliest token's probability a token is as good as impossible.
+_IMPOSSIBLE = 1e-30
+#: How many tokens mirostat 1 estimates the vocabulary's distribution from, as llama.cpp does.
+_MIROSTAT_M = 100
 
 
 class SamplerChain:
-    """Samplers applied in the order they were added; the last must choose a token (``greedy`` or ``dist``).
+    """Samplers applied in the order they were added; the last must choose a token (``greedy``, ``dist``, mirostat).
 
-    The chain owns its samplers and frees them. It holds random state, so use one per generation.
+    The chain owns its samplers and frees them. It holds random state, so use one per generation. Values are the
+    library's own and not checked here. ``min_keep`` everywhere is the number of tokens that a sampler leaves at least.
     """
 
     def __init__(self) -> None:
         lib = self._lib = library.api()
         params = lib.llama_sampler_chain_default_params()
         params.no_perf = True
-        self._chain = lib.llama_sampler_chain_init(params)
-        self._free = weakref.finalize(self, lib.llama_sampler_free, self._chain)
+        self.handle = lib.llama_sampler_chain_init(params)
+        self._free = weakref.finalize(self, lib.llama_sampler_free, self.handle)
         # Not at exit: finalizers run latest first there, which would free the chain under an engine still sampling.
         self._free.atexit = False
 
     def _add(self, sampler: Any) -> SamplerChain:
-        self._lib.llama_sampler_chain_add(self._chain, sampler)
+        self._lib.llama_sampler_chain_add(self.handle, sampler)
         return self
 
-    def suppress(self, tokens: Iterable[int], n_vocab: int) -> SamplerChain:
-        """Never choose these tokens."""
-        biases = [(token, -math.inf) for token in tokens]
+    def logit_bias(self, biases: Mapping[int, float], n_vocab: int) -> SamplerChain:
+        """Add to the logits of these tokens; minus infinity forbids one."""
         if not biases:
             return self
-        array = (self._lib.llama_logit_bias * len(biases))(*biases)
+        array = (self._lib.llama_logit_bias * len(biases))(*biases.items())
         return self._add(self._lib.llama_sampler_init_logit_bias(n_vocab, len(biases), array))
+
+    def drop_impossible(self) -> SamplerChain:
+        """Remove forbidden tokens, of whose probability 0 ``typical`` and mirostat would take the logarithm."""
+        return self._add(self._lib.llama_sampler_init_min_p(_IMPOSSIBLE, 1))
+
+    def penalties(self, n_vocab: int, last_n: int, repeat: float, frequency: float, presence: float) -> SamplerChain:
+        """Penalize the tokens among the last ``last_n`` accepted ones.
+
+        A positive logit is divided by ``repeat``, another multiplied; then ``frequency`` times the count and
+        ``presence`` are subtracted.
+        """
+        init = self._lib.llama_sampler_init_penalties
+        return self._add(init(n_vocab, last_n, repeat, frequency, presence))
+
+    def dry(
+        self,
+        vocab: Vocab,
+        multiplier: float,
+        base: float,
+        allowed_length: int,
+        last_n: int,
+        breakers: Sequence[str],
+    ) -> SamplerChain:
+        """Penalize tokens that would prolong a repetition among the last ``last_n`` accepted ones.
+
+        By ``multiplier * base ** (length - allowed_length)``; repetitions do not reach over one of ``breakers``.
+        """
+        texts = (ctypes.c_char_p * max(1, len(breakers)))(*(text.encode() for text in breakers))
+        init = self._lib.llama_sampler_init_dry
+        pointer = ctypes.cast(texts, ctypes.POINTER(ctypes.c_char_p))
+        return self._add(init(vocab.handle, multiplier, base, allowed_length, last_n, pointer, len(breakers)))
+
+    def top_n_sigma(self, n: float) -> SamplerChain:
+        """Keep tokens within n standard deviations of the best logit."""
+        return self._add(self._lib.llama_sampler_init_top_n_sigma(n))
 
     def top_k(self, k: int) -> SamplerChain:
         """Keep the k most likely tokens; 0 keeps all."""
         return self._add(self._lib.llama_sampler_init_top_k(k))
 
-    def top_p(self, p: float) -> SamplerChain:
+    def typical(self, p: float, min_keep: int = 0) -> SamplerChain:
+        """Keep the tokens whose surprise is nearest to the expected one, until they sum to p; 1 keeps all."""
+        return self._add(self._lib.llama_sampler_init_typical(p, min_keep))
+
+    def top_p(self, p: float, min_keep: int = 0) -> SamplerChain:
         """Keep the smallest set of tokens whose probabilities sum to p; 1 keeps all."""
-        return self._add(self._lib.llama_sampler_init_top_p(p, 0))
+        return self._add(self._lib.llama_sampler_init_top_p(p, min_keep))
 
-    def min_p(self, p: float) -> SamplerChain:
+    def min_p(self, p: float, min_keep: int = 0) -> SamplerChain:
         """Keep tokens at least p times as likely as the likeliest; 0 keeps all."""
-        return self._add(self._lib.llama_sampler_init_min_p(p, 0))
+        return self._add(self._lib.llama_sampler_init_min_p(p, min_keep))
 
-    def temperature(self, temperature: float) -> SamplerChain:
-        """Divide the logits."""
-        return self._add(self._lib.llama_sampler_init_temp(temperature))
+    def xtc(self, probability: float, threshold: float, min_keep: int, seed: int) -> SamplerChain:
+        """With this probability remove all tokens of at least ``threshold`` but the least likely of them."""
+        return self._add(self._lib.llama_sampler_init_xtc(probability, threshold, min_keep, seed))
+
+    def temperature(self, temperature: float, spread: float = 0.0, exponent: float = 1.0) -> SamplerChain:
+        """Divide the logits; with a spread by a temperature within it, the higher the entropy the higher."""
+        return self._add(self._lib.llama_sampler_init_temp_ext(temperature, spread, exponent))
 
     def greedy(self) -> SamplerChain:
         """Choose the likeliest token."""
@@ -62,9 +111,22 @@ class SamplerChain:
         """Draw a token from what is left, from this seed's sequence (0 to 2^32 - 2)."""
         return self._add(self._lib.llama_sampler_init_dist(seed))
 
+    def mirostat(self, n_vocab: int, seed: int, tau: float, eta: float) -> SamplerChain:
+        """Draw a token so that the surprise stays near ``tau`` bits (Mirostat 1.0)."""
+        return self._add(self._lib.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, _MIROSTAT_M))
+
+    def mirostat_v2(self, seed: int, tau: float, eta: float) -> SamplerChain:
+        """Draw a token so that the surprise stays near ``tau`` bits (Mirostat 2.0)."""
+        return self._add(self._lib.llama_sampler_init_mirostat_v2(seed, tau, eta))
+
+    def accept(self, tokens: Iterable[int]) -> None:
+        """Let the samplers remember tokens that they did not choose."""
+        for token in tokens:
+            self._lib.llama_sampler_accept(self.handle, token)
+
     def sample(self, context: Context, index: int) -> int:
         """Choose a token from the logits at ``index`` of the last batch, and let the samplers remember it."""
-        return int(self._lib.llama_sampler_sample(self._chain, context.handle, context.output_index(index)))
+        return int(self._lib.llama_sampler_sample(self.handle, context.handle, context.output_index(index)))
 
     def close(self) -> None:
         """Free the chain. Idempotent."""

@@ -21,6 +21,7 @@ class Vocab:
         self._lib = library.api()
         self.handle = handle
         self.n_tokens: int = self._lib.llama_vocab_n_tokens(handle)
+        self._eog: tuple[int, ...] | None = None
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Turn text into token ids.
@@ -72,6 +73,12 @@ class Vocab:
     def is_eog(self, token: int) -> bool:
         """Whether the token ends a generation (EOS, end of turn, …)."""
         return bool(self._lib.llama_vocab_is_eog(self.handle, token))
+
+    def eog_tokens(self) -> tuple[int, ...]:
+        """Return all tokens that end a generation; looked up once."""
+        if self._eog is None:
+            self._eog = tuple(token for token in range(self.n_tokens) if self.is_eog(token))
+        return self._eog
 
     def is_normal(self, token: int) -> bool:
         """Whether the token is ordinary text: not control, unknown, unused, user-defined, or a single byte."""
