@@ -12,7 +12,8 @@ import click
 
 from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
 from ziggurat.runtime.files import check_target, write_atomic
-from ziggurat.runtime.options import context_options, device_options, kv_options, sampling_options
+from ziggurat.runtime.options import SectionedCommand, context_options, device_options, kv_options
+from ziggurat.runtime.sampling_options import sampling_of, sampling_options
 
 if TYPE_CHECKING:
     from ziggurat.runtime.engine import Engine, FinishEvent, GenerationRequest, GenerationStats, ModelInfo
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _CONTROLS = dict.fromkeys([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, *range(0x80, 0xA0)])
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
 @click.argument("prompt", metavar="PROMPT|-")
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the model's chat template.")
@@ -57,7 +58,7 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     policy = policy_of(options)
     if options["verbose"]:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s", stream=sys.stderr)
-    sampling = _sampling(options)
+    sampling = sampling_of(options)
     text = _read_prompt(prompt)
     stats_file = options["stats"]
     if stats_file is not None:
@@ -104,12 +105,6 @@ def generate(engine: Engine, request: GenerationRequest) -> FinishEvent:
                     sys.stdout.flush()
                 return event
     raise ZigguratError("the engine ended without a result; this is a bug in Ziggurat")
-
-
-def _sampling(options: dict[str, Any]) -> SamplingParams:
-    from ziggurat.runtime.sampling import SamplingParams
-
-    return SamplingParams(options["temp"], options["top_k"], options["top_p"], options["min_p"], options["seed"])
 
 
 def _read_prompt(argument: str) -> str:

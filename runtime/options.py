@@ -15,17 +15,42 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 CACHE_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 KV_POLICIES = ("none", "pyramid", "snapkv", "streaming", "h2o", "tova", "keydiff")
 KV_SCORES = ("snapkv", "h2o", "tova", "keydiff", "recent", "random")
+_TITLE = "ziggurat_title"
 
 
-def option_group(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Return a decorator that adds options to a command, in this order."""
+def option_group(*options: Callable[[Any], Any], title: str | None = None) -> Callable[[Command], Command]:
+    """Return a decorator that adds options to a command, in this order; ``SectionedCommand`` shows the title."""
 
     def decorate(command: Command) -> Command:
+        before = len(_parameters(command))
         for option in reversed(options):
             command = option(command)
+        for parameter in _parameters(command)[before:]:
+            if title is not None and not hasattr(parameter, _TITLE):
+                setattr(parameter, _TITLE, title)
         return command
 
     return decorate
+
+
+def _parameters(command: Any) -> list[click.Parameter]:
+    parameters: list[click.Parameter] = getattr(command, "__click_params__", [])  # where click collects them
+    return parameters
+
+
+class SectionedCommand(click.Command):
+    """A command whose help has a section for each titled group of options, after those without a title."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections in the order of the options."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(parameter, _TITLE, "Options"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 kv_options = option_group(
@@ -67,6 +92,7 @@ kv_options = option_group(
         " cache where the model's graph cannot be cut; bounded: the same, but such a model is refused; chunked: after"
         " every --ubatch, which is lossy.",
     ),
+    title="KV budget",
 )
 
 cache_options = option_group(
@@ -98,6 +124,7 @@ context_options = option_group(
         help="Prompt tokens computed at once.",
     ),
     cache_options,
+    title="Context",
 )
 
 device_options = option_group(
@@ -110,30 +137,7 @@ device_options = option_group(
         metavar="N",
         help="Layers on the GPU; default: all, if the library has a GPU backend.",
     ),
-)
-
-sampling_options = option_group(
-    click.option(
-        "--temp", type=float, default=0.8, show_default=True, help="Temperature; 0 takes the likeliest token."
-    ),
-    click.option(
-        "--top-k", type=int, default=40, show_default=True, help="Sample from the K likeliest tokens; 0: all."
-    ),
-    click.option(
-        "--top-p",
-        type=float,
-        default=0.95,
-        show_default=True,
-        help="Sample from tokens that sum to this probability; 1: all.",
-    ),
-    click.option(
-        "--min-p",
-        type=float,
-        default=0.05,
-        show_default=True,
-        help="Drop tokens less likely than this part of the likeliest; 0: none.",
-    ),
-    click.option("--seed", type=int, help="Repeat a sampled generation; default: random."),
+    title="Device",
 )
 
 

@@ -11,6 +11,9 @@ from ziggurat.runtime.errors import InvalidRequestError
 from ziggurat.runtime.grammar import Grammar, read_grammar
 from ziggurat.runtime.json_schema import schema_grammar
 
+#: What a repetition does not reach over in DRY.
+DRY_SEQUENCE_BREAKERS = ("\n", ":", '"', "*")
+
 _MAX_SEED = 2**32 - 2  # the library reads 2^32 - 1 as "take a random one"
 _MAX_COUNT = 2**20  # the library allocates as many tokens at once
 _MAX_BREAKERS, _MAX_BREAKER_BYTES = 64, 40  # it cuts longer ones
@@ -87,7 +90,7 @@ class SamplingParams:
     dry_base: float = 1.75
     dry_allowed_length: int = 2
     dry_penalty_last_n: int = -1
-    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    dry_sequence_breakers: tuple[str, ...] = DRY_SEQUENCE_BREAKERS
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
     mirostat: int = 0
