@@ -60,8 +60,8 @@ ACCEPTED: list[tuple[Any, list[str], list[str]]] = [
     ({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "null"}], "items": False},
      ["[]", "[1]", "[1,null]"],
      ["[null]", "[1,null,1]"]),
- 
-     ({"type": "array", "prefixItems": [{"const": 1}, {"const": 2}], "items": {"const": 3}, "minItems": 1, "maxItems": 4},
+    ({"type": "array", "prefixItems": [{"const": 1}, {"const": 2}], "items": {"const": 3}, "minItems": 1,
+      "maxItems": 4},
      ["[1]", "[1,2]", "[1,2,3,3]"], ["[]", "[1,3]", "[1,2,3,3,3]"]),
     ({"type": "string", "minLength": 2, "maxLength": 3}, ['"ab"', r'"\u00e9bc"', '"日本語"'], ['"a"', '"abcd"']),
     ({"type": "string", "format": "date"},
