@@ -206,3 +206,17 @@ def _ffn(shape: Shape, block: str, normal: Callable[..., np.ndarray]) -> Iterato
         yield block + "ffn_gate" + suffix, normal(*experts, shape.n_ff, shape.n_embd)
         yield block + "ffn_up" + suffix, normal(*experts, shape.n_ff, shape.n_embd)
     yield block + "ffn_down" + suffix, normal(*experts, shape.n_embd, shape.n_ff)
+
+
+def write_split_model(folder: Path) -> list[Path]:
+    """Two parts of one model, with a tensor each: "t1" and "t2", float32 of shape [2, 32]."""
+    paths = [folder / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for number, path in enumerate(paths, 1):
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_uint16("split.count", 2)
+        writer.add_tensor(f"t{number}", np.zeros((2, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths

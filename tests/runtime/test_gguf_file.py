@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 
 from helpers import tiny_models
@@ -88,15 +87,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 def test_a_split_model_is_read_as_one(tmp_path: Path) -> None:
-    for number in (1, 2):
-        path = tmp_path / f"m-0000{number}-of-00002.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_uint16("split.count", 2)
-        writer.add_tensor(f"t{number}", np.zeros((2, 32), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    tiny_models.write_split_model(tmp_path)
     whole = read_gguf(tmp_path / "m-00001-of-00002.gguf")
     assert [tensor.name for tensor in whole.tensors] == ["t1", "t2"]
     assert whole.n_params == 128

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
+from helpers import tiny_models
 from ziggurat.runtime import kv_file
 from ziggurat.runtime.bindings import Context, ContextSettings, KVSettings, Model, kv_state
 from ziggurat.runtime.errors import (
@@ -248,15 +249,7 @@ def test_the_hash_sees_metadata_and_every_tensor(spm_path: Path, tmp_path: Path)
 
 
 def test_the_hash_of_a_split_model_is_of_all_its_parts(tmp_path: Path) -> None:
-    paths = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
-    for number, path in enumerate(paths):
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_uint16("split.count", 2)
-        writer.add_tensor(f"t{number}", np.zeros((2, 32), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    paths = tiny_models.write_split_model(tmp_path)
     before = model_hash(paths[0])
     changed = bytearray(paths[1].read_bytes())
     changed[-1] ^= 1
