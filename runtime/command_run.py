@@ -52,8 +52,8 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     The text goes to stdout as it is made, everything else to stderr. Without a chat template in the file the prompt is
     given as it is.
     """
+    from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
     from ziggurat.runtime.kv_policy import not_used, policy_of
-    from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 
     policy = policy_of(options)
     if options["verbose"]:

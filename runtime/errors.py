@@ -91,3 +91,22 @@ class EngineError(ZigguratError):
 
 class EngineClosedError(EngineError):
     """The engine was closed before or while this request ran."""
+
+
+class QueueFullError(EngineError):
+    """As many requests wait as may. ``retry_after_s`` is about when it is worth trying again, in seconds."""
+
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"{limit} requests are waiting, as many as may: try again in about {max(1, round(retry_after_s))} s"
+        )
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class RequestTimeoutError(EngineError):
+    """A request did not end in the time that it had."""
+
+
+class ConversationError(EngineError):
+    """The engine does not hold the conversation that was asked for, has no room for it, or it is busy."""

@@ -210,8 +210,8 @@ class NeedleGrid:
 
     def measure(self, monitor: Monitor) -> Figures:
         """Ask for all facts through the engine that ``run`` uses, and return accuracies and every answer."""
+        from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
         from ziggurat.runtime.evaluate.retrieval import ask, results
-        from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 
         options = self._options
         how = EngineSettings(

@@ -10,11 +10,11 @@ from typing import Any
 
 from ziggurat.runtime.bindings import Vocab
 from ziggurat.runtime.engine import Engine, GenerationRequest, Message, TokenEvent
+from ziggurat.runtime.engine.prompts import PromptEncoder
 from ziggurat.runtime.errors import TemplateError
 from ziggurat.runtime.evaluate.monitor import Monitor
 from ziggurat.runtime.evaluate.needle import Needle
 from ziggurat.runtime.evaluate.scoring import accuracy
-from ziggurat.runtime.prompts import PromptEncoder
 from ziggurat.runtime.sampling import SamplingParams
 
 _MARK = "ziggurat-document-5f3b8a"

@@ -17,8 +17,8 @@ from ziggurat.runtime.engine import (
     ModelInfo,
     TokenEvent,
 )
+from ziggurat.runtime.engine.stream import Channel, EventStream
 from ziggurat.runtime.errors import EngineClosedError, EngineError
-from ziggurat.runtime.stream import Channel, EventStream
 
 Script = Callable[[GenerationRequest], Iterable[str]]
 

@@ -9,7 +9,7 @@ from helpers import tiny_models
 from helpers.kv_library import BudgetModel
 from helpers.kv_models import Models
 from ziggurat.runtime.bindings import Model, kv
-from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
+from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from helpers import tiny_models
 from ziggurat.runtime.bindings import Model
 from ziggurat.runtime.chat_template import ChatTemplate
 from ziggurat.runtime.engine import GenerationRequest, Message
+from ziggurat.runtime.engine.prompts import PromptEncoder
 from ziggurat.runtime.errors import TemplateError
-from ziggurat.runtime.prompts import PromptEncoder
 
 LLAMA3 = """{{- bos_token }}
 {%- if not date_string is defined %}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from helpers.grammars import accepts, random_text
 from ziggurat.runtime.bindings import GrammarSampler, Model
 from ziggurat.runtime.engine import FinishEvent, GenerationRequest
+from ziggurat.runtime.engine.llama_engine import LlamaEngine
 from ziggurat.runtime.errors import InvalidRequestError, TokenError, UnsupportedError
 from ziggurat.runtime.grammar import read_grammar
-from ziggurat.runtime.llama_engine import LlamaEngine
 from ziggurat.runtime.sampler import Sampler
 from ziggurat.runtime.sampling import SamplingParams
 

@@ -21,6 +21,7 @@ from ziggurat.runtime import cli
 from ziggurat.runtime.bindings import Batch, Context, KVSettings, Model, Progress, kv
 from ziggurat.runtime.budget import Budget, Uniform, parse_budget
 from ziggurat.runtime.engine import FinishEvent, GenerationRequest
+from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
 from ziggurat.runtime.errors import ContextError
 from ziggurat.runtime.evaluate.choices import evaluate_choices
 from ziggurat.runtime.evaluate.choices_file import DEFAULT_PROMPT, Question
@@ -29,7 +30,6 @@ from ziggurat.runtime.evaluate.decoder import ChunkDecoder, DecodeSettings
 from ziggurat.runtime.evaluate.monitor import Monitor
 from ziggurat.runtime.evaluate.text import evaluate_text
 from ziggurat.runtime.kv_policy import KVPolicy
-from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 from ziggurat.runtime.sampling import SamplingParams
 
 TEXT = "the cat and the hat, an ant in the tent. " * 12

@@ -8,8 +8,8 @@ import pytest
 from helpers.samplers import softmax
 from ziggurat.runtime.bindings import Context, ContextSettings, Model
 from ziggurat.runtime.engine import GenerationRequest, TokenEvent
+from ziggurat.runtime.engine.llama_engine import LlamaEngine
 from ziggurat.runtime.errors import InvalidRequestError
-from ziggurat.runtime.llama_engine import LlamaEngine
 from ziggurat.runtime.logprobs import TokenLogprobs, token_logprobs
 from ziggurat.runtime.sampling import SamplingParams
 

@@ -11,9 +11,9 @@ from helpers import hollow_models, tiny_models
 from helpers.hollow_models import Dims
 from ziggurat.runtime import bindings, cli, hardware, sizes
 from ziggurat.runtime.bindings import Context, ContextSettings, Model, measure
+from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
 from ziggurat.runtime.errors import InvalidRequestError, MemoryShortageError
 from ziggurat.runtime.hardware import Gpu
-from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 
 GiB = 2**30
 
@@ -171,7 +171,7 @@ def test_a_start_warns_when_memory_is_short(
     spm_path: Path, machine: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = EngineSettings(n_ctx=512, threads=1)
-    with caplog.at_level(logging.WARNING, "ziggurat.runtime.loader"):
+    with caplog.at_level(logging.WARNING, "ziggurat.runtime.engine.loader"):
         with LlamaEngine(spm_path, settings) as engine:
             engine.load()
         assert not caplog.records
@@ -187,7 +187,7 @@ def test_a_start_warns_when_memory_is_short(
 def test_a_start_is_refused_when_it_can_never_work(
     spm_path: Path, machine: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ziggurat.runtime import loader
+    from ziggurat.runtime.engine import loader
 
     if not asked:  # as with a stock library
         monkeypatch.setattr(loader, "can_measure", lambda: False)

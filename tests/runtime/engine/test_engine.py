@@ -16,6 +16,7 @@ import pytest
 from helpers.fake_engine import FakeEngine
 from ziggurat.runtime.bindings import Context, ContextSettings, Model
 from ziggurat.runtime.engine import Engine, Event, FinishEvent, GenerationRequest, Message, TokenEvent
+from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
 from ziggurat.runtime.errors import (
     ContextError,
     DecodeError,
@@ -30,7 +31,6 @@ from ziggurat.runtime.errors import (
     TokenError,
     UnsupportedError,
 )
-from ziggurat.runtime.llama_engine import EngineSettings, LlamaEngine
 from ziggurat.runtime.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -396,7 +396,7 @@ def test_a_conversation_goes_through_the_template(chat_path: Path) -> None:
 
 def test_exit_with_a_running_generation_is_clean(spm_path: Path) -> None:
     code = (
-        "from ziggurat.runtime.llama_engine import *\n"
+        "from ziggurat.runtime.engine.llama_engine import *\n"
         "from ziggurat.runtime.engine import GenerationRequest\n"
         f"e = LlamaEngine({str(spm_path)!r}, EngineSettings(n_ctx=8192, threads=1)); e.load()\n"
         "s = e.stream(GenerationRequest(prompt='the')); next(s); print('ok')\n"

@@ -13,8 +13,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from ziggurat.runtime.bindings import Context
-from ziggurat.runtime.contexts import Serving
-from ziggurat.runtime.engine import EngineStats, Event, FinishEvent, GenerationRequest, ModelInfo
+from ziggurat.runtime.engine.contexts import Serving
+from ziggurat.runtime.engine.generation import Generation
+from ziggurat.runtime.engine.loader import EngineSettings, Loaded, load
+from ziggurat.runtime.engine.protocol import EngineStats, Event, FinishEvent, GenerationRequest, ModelInfo
+from ziggurat.runtime.engine.stream import Channel, EventStream
 from ziggurat.runtime.errors import (
     DecodeAborted,
     EngineClosedError,
@@ -22,10 +25,7 @@ from ziggurat.runtime.errors import (
     PromptTooLongError,
     ZigguratError,
 )
-from ziggurat.runtime.generation import Generation
-from ziggurat.runtime.loader import EngineSettings, Loaded, load
 from ziggurat.runtime.sampler import Sampler
-from ziggurat.runtime.stream import Channel, EventStream
 
 __all__ = ["EngineSettings", "LlamaEngine"]
 

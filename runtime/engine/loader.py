@@ -18,14 +18,14 @@ from ziggurat.runtime.bindings import (
     measure,
     supports_gpu_offload,
 )
-from ziggurat.runtime.contexts import Contexts
-from ziggurat.runtime.engine import ModelInfo
+from ziggurat.runtime.engine.contexts import Contexts
+from ziggurat.runtime.engine.prompts import PromptEncoder
+from ziggurat.runtime.engine.protocol import ModelInfo
 from ziggurat.runtime.errors import InvalidRequestError, MemoryShortageError, UnsupportedError
 from ziggurat.runtime.gguf_file import GGUFFile, read_gguf
 from ziggurat.runtime.hardware import default_threads
 from ziggurat.runtime.kv_policy import KVPolicy
 from ziggurat.runtime.plan.machine import impossible, shortage, this_machine
-from ziggurat.runtime.prompts import PromptEncoder
 
 _logger = logging.getLogger(__name__)
 

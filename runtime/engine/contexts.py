@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ziggurat.runtime import plan
 from ziggurat.runtime.bindings import Batch, Context, ContextSettings, Model
-from ziggurat.runtime.generation import KVFigures
+from ziggurat.runtime.engine.generation import KVFigures
 from ziggurat.runtime.kv_policy import KVPolicy
 
 

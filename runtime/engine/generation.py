@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ziggurat.runtime.bindings import Batch, Context, Progress
-from ziggurat.runtime.engine import FinishReason, GenerationRequest, GenerationStats, TokenEvent
+from ziggurat.runtime.engine.protocol import FinishReason, GenerationRequest, GenerationStats, TokenEvent
+from ziggurat.runtime.engine.text import TextAssembler
 from ziggurat.runtime.logprobs import token_logprobs
 from ziggurat.runtime.sampler import Sampler
-from ziggurat.runtime.text import TextAssembler
 
 Clock = Callable[[], float]
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from ziggurat.runtime.bindings import Vocab
 from ziggurat.runtime.chat_template import ChatTemplate
-from ziggurat.runtime.engine import GenerationRequest
+from ziggurat.runtime.engine.protocol import GenerationRequest
 from ziggurat.runtime.errors import TemplateError
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ziggurat.runtime.text import TextAssembler
+from ziggurat.runtime.engine.text import TextAssembler
 
 
 def assemble(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[str, bool]:

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from ziggurat.runtime.engine.stream import Channel, EventStream
 from ziggurat.runtime.errors import EngineError
-from ziggurat.runtime.stream import Channel, EventStream
 
 
 def test_items_arrive_in_order_and_the_end_ends() -> None:
