@@ -8,13 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#ifndef ZIGGURAT_API
-#    ifdef _WIN32
-#        define ZIGGURAT_API __declspec(dllexport)
-#    else
-#        define ZIGGURAT_API __attribute__((visibility("default")))
-#    endif
-#endif
+#include "ziggurat-quant.h" // ZIGGURAT_API
 
 #ifdef __cplusplus
 extern "C" {
