@@ -2,10 +2,14 @@
 
 #include "ziggurat-kv-context.h"
 
+#include "ziggurat-kv-fault.h"
+
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <exception>
 #include <limits>
 #include <utility>
 
@@ -93,9 +97,13 @@ bool ziggurat_kv_cache::has_free_reading(llama_seq_id seq_id) {
     return false;
 }
 
+bool ziggurat_kv_cache::is_step(llama_seq_id seq_id, uint32_t n_tokens) const {
+    return n_tokens == 1 || (n_tokens <= step_tokens && seqs[seq_id].next > 0);
+}
+
 ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_t n_tokens) {
-    if (evicts && n_tokens == 1) {
-        return need::in_place;
+    if (evicts && is_step(seq_id, n_tokens)) {
+        return need::in_place; // there is room, or is made: see due_selections
     }
     // rows are written beside those that are there, but only so many queries are
     const bool can_undo = !evicts || !uses_queries() || seqs[seq_id].next == 0 || n_tokens <= ZIGGURAT_KV_RING_SPARE;
@@ -105,13 +113,47 @@ ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_
     return has_place(seq_id, n_tokens) && has_free_reading(seq_id) ? need::prompt : need::refused;
 }
 
-// A sequence selects when one of its layers is full, or earlier by as many tokens as it takes for no two sequences to
-// select in the same step, should all of them go on together: the one with the least room first, one in each step, or
-// where there is no room for that as few in each step as there can be. So what a sequence keeps depends on its own tokens
-// alone unless others fill up within a few tokens of it.
-std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(const std::vector<llama_seq_id> & stepping) const {
-    std::vector<std::pair<uint32_t, llama_seq_id>> rooms; // tokens that a sequence has room for
-    for (const auto s : stepping) {
+int32_t ziggurat_kv_cache::set_step(llama_context & ctx, uint32_t n) {
+    refusal.clear();
+    uint32_t most = ZIGGURAT_KV_RING_SPARE;
+    for (const auto & layer : layers) {
+        most = evicts ? std::min(most, layer.capacity - layer.budget) : most;
+    }
+    if (n < 1 || n > most) {
+        refusal = format("a step of %u tokens; in this context it has 1 to %u", n, most);
+        return -1;
+    }
+    const auto before = std::exchange(step_tokens, n);
+    if (!evicts || n <= before) {
+        return 0;
+    }
+    // what the largest step computes in, or batches would find too little of it
+    const uint32_t n_tokens  = std::max(1u, std::min(n, n_ubatch/n_seq))*n_seq;
+    const uint32_t n_outputs = std::min(n_tokens, cparams.n_outputs_max);
+    bool reserved = false;
+    try {
+        ctx.synchronize();
+        ctx.sched_reserve();
+        reserved = !ziggurat_kv_fails(this) &&
+                ctx.graph_reserve(n_tokens, n_seq, n_outputs, init_full().get(), hparams.no_alloc) != nullptr;
+    } catch (const std::exception & e) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, e.what());
+    }
+    if (!reserved) {
+        refusal = format("no memory to compute a step of %u tokens in", n);
+        step_tokens = before;
+    }
+    return reserved ? 0 : -2;
+}
+
+// A sequence selects when its step does not fit one of its layers, or earlier by as many steps as it takes for no two
+// sequences to select in the same one, should all of them go on together with as many tokens each: the one with room for
+// the fewest steps first, one in each step, or where there is no room for that as few in each step as there can be. So
+// what a sequence keeps depends on its own tokens and steps alone unless others fill up within a few steps of it.
+std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(
+        const std::vector<std::pair<llama_seq_id, uint32_t>> & stepping) const {
+    std::vector<std::pair<uint32_t, llama_seq_id>> rooms; // steps that a sequence has room for
+    for (const auto & [s, n_tokens] : stepping) {
         uint32_t room  = std::numeric_limits<uint32_t>::max();
         bool     above = false;
         for (uint32_t il = 0; il < layers.size(); ++il) {
@@ -119,7 +161,7 @@ std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(const std::vector<ll
             above |= seqs[s].used[il] > seqs[s].budget[il];
         }
         if (above) {
-            rooms.push_back({ room, s });
+            rooms.push_back({ room/n_tokens, s });
         }
     }
     std::sort(rooms.begin(), rooms.end());
@@ -160,14 +202,14 @@ llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & ball
         return failed(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
     std::vector<need> needs(n_seq, need::in_place);
-    std::vector<llama_seq_id> stepping;
+    std::vector<std::pair<llama_seq_id, uint32_t>> stepping;
     for (const auto s : order) {
         needs[s] = classify(s, n_tokens[s]);
         if (needs[s] == need::refused) {
             return failed(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
         }
-        if (n_tokens[s] == 1) {
-            stepping.push_back(s);
+        if (is_step(s, n_tokens[s])) {
+            stepping.push_back({ s, n_tokens[s] });
         }
     }
     if (evicts && before == selection::none) {

@@ -343,12 +343,24 @@ void ziggurat_kv_cache::note_selection(uint32_t index, uint32_t il, uint32_t n_r
     }
 }
 
+// Rows that came after the last selection of every layer: they can be removed.
+static uint32_t tail(const ziggurat_kv_sequence & seq) {
+    uint32_t n = seq.next;
+    for (size_t il = 0; il < seq.used.size(); ++il) {
+        n = std::min(n, seq.used[il] - seq.fixed[il]);
+    }
+    return n;
+}
+
+llama_pos ziggurat_kv_cache::removable_from(llama_seq_id seq_id) const {
+    const auto & seq = seqs[seq_id];
+    return reading_of(seq_id) >= 0 ? seq.next : seq.next - (llama_pos) tail(seq);
+}
+
 std::string ziggurat_kv_cache::cut(ziggurat_kv_sequence & seq, llama_seq_id seq_id, llama_pos p0) const {
     const uint32_t n = seq.next - p0;
-    for (uint32_t il = 0; il < layers.size(); ++il) {
-        if (seq.used[il] - seq.fixed[il] < n) {
-            return format("position %d of sequence %d lies before its last selection: rows of that time were evicted", p0, seq_id);
-        }
+    if (n > tail(seq)) {
+        return format("position %d of sequence %d lies before its last selection: rows of that time were evicted", p0, seq_id);
     }
     for (auto & used : seq.used) {
         used -= n;

@@ -157,6 +157,8 @@ public:
 
     int64_t fail_in = -1; // see ziggurat_kv_test_fail_at
 
+    uint32_t step_tokens = 1; // see ziggurat_kv_set_step
+
     bool uses_queries() const { return params.score == ZIGGURAT_KV_SCORE_SNAPKV; }
     bool exists(llama_seq_id seq_id) const { return seq_id >= 0 && (uint32_t) seq_id < n_seq; }
 
@@ -174,7 +176,8 @@ public:
     // seqs[index] goes on by n tokens.
     void advance(uint32_t index, uint32_t n);
 
-    // The n last tokens of seqs[index] were read at once: of more than the window has the ring got only the last ones.
+    // The n last tokens of seqs[index] were read through the stage: of more than the window has the ring got only the last
+    // ones.
     void note_read(uint32_t index, uint32_t n);
 
     // Forgets a sequence, and the prompt that is being read for it.
@@ -188,7 +191,7 @@ public:
 
     // Takes a reading that is free, -1 if none is, and makes it a copy of the sequence.
     int32_t begin_reading(llama_seq_id seq_id);
-    void    commit_reading(int32_t reading);
+    void    commit_reading(int32_t reading, bool staged);
     void    drop_reading(int32_t reading);
 
     // The steps in which a prompt is read that comes in ubatches of these sizes. step.ubatch is an index of `sizes`.
@@ -201,6 +204,10 @@ public:
     // Removes the positions from p0 on. Returns why that cannot be, with nothing changed, or "".
     std::string cut(ziggurat_kv_sequence & seq, llama_seq_id seq_id, llama_pos p0) const;
 
+    // See ziggurat-kv.h, which says what is returned.
+    llama_pos removable_from(llama_seq_id seq_id) const;
+    int32_t   set_step(llama_context & ctx, uint32_t n);
+
     // least and most rows that a sequence's own budget may have in a layer
     std::pair<uint32_t, uint32_t> budget_range(uint32_t il) const;
 
@@ -212,6 +219,7 @@ private:
     // what the tokens of one sequence in a batch need
     enum class need { in_place, prompt, refused };
     need classify(llama_seq_id seq_id, uint32_t n_tokens);
+    bool is_step(llama_seq_id seq_id, uint32_t n_tokens) const;
 
     // whether n more tokens have positions and places, and another prompt may be read: why not is in `refusal`
     bool can_go_on(llama_seq_id seq_id, uint32_t n_tokens);
@@ -222,8 +230,8 @@ private:
     bool fits_budget(uint32_t index, uint32_t n_tokens) const;
     bool check_positions(const llama_batch & batch, std::vector<uint32_t> & n_tokens, std::vector<llama_seq_id> & order);
 
-    // the sequences of a step of single tokens that select before it
-    std::vector<llama_seq_id> due_selections(const std::vector<llama_seq_id> & stepping) const;
+    // of sequences that take a decoding step together, with their tokens in it: those that select before it
+    std::vector<llama_seq_id> due_selections(const std::vector<std::pair<llama_seq_id, uint32_t>> & stepping) const;
 
     size_t  step_begin(int32_t reading) const; // token of the prompt that its next step begins with
     int32_t compute_step(llama_context & ctx, int32_t reading);

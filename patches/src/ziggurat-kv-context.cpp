@@ -79,16 +79,10 @@ bool ziggurat_kv_context::next() {
         kv->readings[reading].done++;
     }
     if (step.ends) {
-        kv->commit_reading(reading);
+        kv->commit_reading(reading, step.staged);
         reading = -1;
     }
-    if (++i_step < steps.size()) {
-        return true;
-    }
-    for (const auto & [s, seq] : before) {
-        kv->note_read(s, kv->seqs[s].next - seq.next);
-    }
-    return false;
+    return ++i_step < steps.size();
 }
 
 bool ziggurat_kv_context::apply() {
@@ -175,7 +169,7 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_staged(
     return res;
 }
 
-// The largest graph in place: of one token per sequence on full layers, or of prompts that fit every layer's budget.
+// The largest graph in place: of a decoding step on full layers, or of prompts that fit every layer's budget.
 std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_largest(uint32_t n_seqs, uint32_t n_new) const {
     uint32_t budget   = kv->n_ctx;
     uint32_t capacity = kv->n_ctx;
@@ -187,7 +181,7 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_largest(uint32_t n_seqs
 
     std::vector<ziggurat_kv_plan> res(kv->layers.size());
     for (uint32_t il = 0; il < res.size(); ++il) {
-        res[il].n_kv = n_new == 1 ? kv->layers[il].capacity : common;
+        res[il].n_kv = n_new <= kv->step_tokens ? kv->layers[il].capacity : common;
         res[il].past.assign(n_seqs, res[il].n_kv - std::min(res[il].n_kv, n_new));
     }
     return res;

@@ -76,8 +76,10 @@ ziggurat_kv_input::ziggurat_kv_input(
     ggml_set_name(row_idxs, "attn_inp_kv_idxs");
 
     if (kv.evicts && kv.uses_queries()) {
-        const uint32_t later = step.staged ? step.total - std::min(step.total, step.offset + n_tokens) : 0;
-        n_window = std::min(n_seq_tokens, kv.params.window - std::min(kv.params.window, later));
+        // what is written in place may be removed again, and the window then lies further back
+        const uint32_t wanted = step.staged ? kv.params.window : kv.n_ring;
+        const uint32_t later  = step.staged ? step.total - std::min(step.total, step.offset + n_tokens) : 0;
+        n_window = std::min(n_seq_tokens, wanted - std::min(wanted, later));
         if (n_window > 0) {
             query_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_window*n_seqs);
             ggml_set_input(query_idxs);

@@ -90,9 +90,11 @@ int32_t ziggurat_kv_cache::begin_reading(llama_seq_id seq_id) {
     return r;
 }
 
-void ziggurat_kv_cache::commit_reading(int32_t r) {
+void ziggurat_kv_cache::commit_reading(int32_t r, bool staged) {
     const auto seq_id = readings[r].seq_id;
-    note_read(n_seq + r, seqs[n_seq + r].next - seqs[seq_id].next);
+    if (staged) {
+        note_read(n_seq + r, seqs[n_seq + r].next - seqs[seq_id].next);
+    }
     copy_plane(n_seq + r, readings[r].plane, seq_id);
     auto budget = std::move(seqs[seq_id].budget); // may have been set since
     seqs[seq_id] = seqs[n_seq + r];

@@ -186,6 +186,16 @@ int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id) {
     return kv->refusal.empty() ? n_layers : -2;
 }
 
+int32_t ziggurat_kv_set_step(struct llama_context * ctx, uint32_t n) {
+    auto * kv = cache_of(ctx);
+    return kv == nullptr ? -1 : kv->set_step(*ctx, n);
+}
+
+int32_t ziggurat_kv_removable_from(const struct llama_context * ctx, int32_t seq_id) {
+    const auto * kv = cache_of(ctx);
+    return kv == nullptr || !kv->exists(seq_id) ? -1 : kv->removable_from(seq_id);
+}
+
 int32_t ziggurat_kv_prompt_begin(struct llama_context * ctx, int32_t seq_id, const int32_t * tokens, size_t n) {
     auto * kv = cache_of(ctx);
     return kv != nullptr && kv->begin_prompt(seq_id, tokens, n) ? 0 : -1;

@@ -108,13 +108,34 @@ ZIGGURAT_API int32_t ziggurat_kv_set_budget(
 // layers that were, -2 if the computation failed (the sequence is then as before).
 ZIGGURAT_API int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id);
 
+// From now on up to n tokens of a sequence in one llama_decode are a decoding step, as a single one always is: drafts, say.
+// They are written beside the rows that are there, and layers above their budget select before them if they do not all
+// fit, never after: so as many of them as are not wanted can be removed again, and the next selection is by the queries
+// of those that stay. More than n tokens, or the first ones of a sequence, are a prompt.
+//
+// The results are those of n single tokens, except that a selection comes up to n - 1 tokens earlier: when the step does
+// not fit. (Which step is that depends on the sequence's own tokens and steps; and if other sequences in the batches are
+// about to select as well, it may come earlier by as many steps as it takes for not all to select in the same one.)
+// A step of which k tokens were removed is likewise one of n - k that selected before it if n did not fit.
+//
+// It holds whatever `prefill` is: in a context that reads prompts in chunks, too, only what is no step is a chunk. Where
+// nothing can ever be evicted it changes nothing. n is 1 to 16, 1 in a new context, and no more than every layer has rows
+// beyond its budget (`slack` at least). Returns 0; -1 with a refusal; -2 if there is no memory for the largest step.
+ZIGGURAT_API int32_t ziggurat_kv_set_step(struct llama_context * ctx, uint32_t n);
+
+// The first position from which on a sequence's end can be removed: from any position there or later llama_memory_seq_rm
+// removes the end. 0 while nothing was evicted; what follows the last token if nothing can be removed, as while a prompt
+// is being read. (The rows are then exactly those of before. Queries are of the last `window` + 16 tokens that there ever
+// were, so a selection that comes less than `window` tokens after a longer removal is by fewer of them.)
+ZIGGURAT_API int32_t ziggurat_kv_removable_from(const struct llama_context * ctx, int32_t seq_id);
+
 // Reading a prompt in steps, with whatever else the context is asked in between. A step is one ubatch in one layer, or in
 // all of them where it is written in place or in the lane. The sequence stays as it is until the last step is done: an
 // abort, a failure or a cancellation at any step changes nothing in it. While it is being read it can be asked about,
 // cleared or removed as a whole (which cancels), and refuses everything else.
 //
-// The results are those of one llama_decode of the whole prompt, to the last bit. (Of a single token where a layer is
-// full they are not: a decode step selects before it, a prompt after.)
+// The results are those of one llama_decode of the whole prompt, to the last bit. (Of so few tokens that they are a
+// decoding step they are not where layers are full: a step selects before it, a prompt after.)
 
 struct ziggurat_kv_progress {
     uint32_t steps_done;
