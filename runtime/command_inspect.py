@@ -157,7 +157,7 @@ def _kv(file: GGUFFile, contexts: list[int] | None, type_k: str, type_v: str) ->
 
 
 def _memory(file: GGUFFile, contexts: list[int] | None, type_k: str, type_v: str) -> dict[str, Any] | None:
-    from ziggurat.runtime.bindings.context import ContextSettings
+    from ziggurat.runtime.bindings.context_settings import ContextSettings
     from ziggurat.runtime.plan import outline, plan_memory
     from ziggurat.runtime.plan.machine import this_machine
 

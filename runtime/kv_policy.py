@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ziggurat.runtime.bindings.kv import KVSettings
+from ziggurat.runtime.bindings.kv_settings import KVSettings
 from ziggurat.runtime.budget import (
     PRESETS,
     Budget,

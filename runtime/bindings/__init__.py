@@ -10,9 +10,10 @@ never computed, an oversized batch) is an exception here.
 from ziggurat.runtime.bindings.abort import AbortFlag
 from ziggurat.runtime.bindings.batch import Batch
 from ziggurat.runtime.bindings.candidates import Candidates
-from ziggurat.runtime.bindings.context import CACHE_TYPES, FLASH_ATTENTION, Context, ContextSettings
+from ziggurat.runtime.bindings.context import Context
+from ziggurat.runtime.bindings.context_settings import CACHE_TYPES, FLASH_ATTENTION, ContextSettings
 from ziggurat.runtime.bindings.grammar import GrammarSampler
-from ziggurat.runtime.bindings.kv import KVLayout, KVSettings, Progress
+from ziggurat.runtime.bindings.kv_settings import KVLayout, KVSettings, Progress
 from ziggurat.runtime.bindings.library import Device, LibraryInfo, devices, probe, supports_gpu_offload, system_info
 from ziggurat.runtime.bindings.memory import BufferMemory, can_measure, measure
 from ziggurat.runtime.bindings.model import Model

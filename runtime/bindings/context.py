@@ -5,71 +5,18 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from ziggurat.runtime.bindings import kv, library
 from ziggurat.runtime.bindings.abort import AbortFlag
 from ziggurat.runtime.bindings.batch import Batch
-from ziggurat.runtime.bindings.kv import KVLayout, KVSettings, Progress
+from ziggurat.runtime.bindings.context_settings import ContextSettings, fill
+from ziggurat.runtime.bindings.kv import MAX_STEP
+from ziggurat.runtime.bindings.kv_settings import KVLayout, Progress
 from ziggurat.runtime.bindings.log import reason
 from ziggurat.runtime.bindings.model import Model
 from ziggurat.runtime.errors import ContextError, DecodeAborted, DecodeError, EngineClosedError, InvalidRequestError
-
-#: ggml type ids of the KV row types the library has attention kernels for everywhere; f32 is for exact comparisons.
-CACHE_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "f32": 0}
-_UNBLOCKED = ("f16", "bf16", "f32")
-#: What ``ContextSettings.flash_attention`` may be; auto takes it where the device supports it.
-FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
-#: KV rows a context can have, all sequences together.
-MAX_ROWS = 2**31 - 1024
-
-
-@dataclass(frozen=True)
-class ContextSettings:
-    """How a context is made.
-
-    ``n_ctx`` is the number of KV rows **per sequence** (never divided by ``n_seq_max``; the library rounds it up to a
-    multiple of 256). ``n_batch`` bounds a batch (never to less than one token of every sequence), ``n_ubatch`` what is
-    computed at once; both in tokens. ``type_k`` and ``type_v`` are keys of ``CACHE_TYPES``. ``n_threads`` computes
-    single tokens, ``n_threads_batch`` (default: the same) prompts. ``swa_full`` keeps whole-context rows in
-    sliding-window layers as well. ``kv`` bounds the rows that stay of a prompt: ``n_ctx`` then bounds the prompt alone,
-    and ``n_batch`` is raised to it unless prompts are read in chunks, so that a whole one can be a batch.
-    """
-
-    n_ctx: int
-    n_batch: int = 2048
-    n_ubatch: int = 512
-    n_seq_max: int = 1
-    type_k: str = "f16"
-    type_v: str = "f16"
-    flash_attention: str = "auto"
-    n_threads: int = 4
-    n_threads_batch: int | None = None
-    swa_full: bool = False
-    kv: KVSettings | None = None
-
-    def __post_init__(self) -> None:
-        if self.kv is not None and self.kv.prefill != "chunked" and self.n_batch < self.n_ctx:
-            object.__setattr__(self, "n_batch", self.n_ctx)
-        for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads"):
-            if getattr(self, name) < 1:
-                raise InvalidRequestError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("n_batch", "n_ubatch"):
-            if getattr(self, name) > MAX_ROWS:  # the library's fields have 32 bits: 2^32 + 1 would arrive as 1
-                raise InvalidRequestError(f"{name} is {getattr(self, name)}; it can be at most {MAX_ROWS}")
-        if self.n_ctx * self.n_seq_max > MAX_ROWS:
-            raise InvalidRequestError(f"a context of {self.n_ctx} x {self.n_seq_max} rows is beyond {MAX_ROWS}")
-        for name in (self.type_k, self.type_v):
-            if name not in CACHE_TYPES:
-                raise InvalidRequestError(f"cache type {name!r} is unknown; take one of {', '.join(CACHE_TYPES)}")
-        if self.flash_attention not in FLASH_ATTENTION:
-            raise InvalidRequestError(f"flash attention is auto, on or off, not {self.flash_attention!r}")
-        if self.flash_attention == "off" and self.type_v not in _UNBLOCKED:
-            raise InvalidRequestError(
-                f"cache type {self.type_v} for V needs flash attention; turn it on or keep V in f16"
-            )
 
 
 class Context:
@@ -85,7 +32,7 @@ class Context:
         self.settings = settings
         self.abort = AbortFlag()
         params = lib.llama_context_default_params()
-        budget = _fill(params, settings)
+        budget = fill(params, settings)
         params.abort_callback = ctypes.cast(self.abort.function, lib.ggml_abort_callback)
         params.abort_callback_data = self.abort.address
         with library.log.capture() as lines:
@@ -230,6 +177,25 @@ class Context:
         """Return the largest position held of a sequence, -1 when it is empty."""
         return int(self._lib.llama_memory_seq_pos_max(self._checked_memory(), sequence))
 
+    def removable_from(self, sequence: int) -> int:
+        """Return the first position from which on a sequence's end can be removed exactly.
+
+        ``remove(sequence, start)`` with ``start`` there or later leaves the rows as they were when ``start`` tokens had
+        been seen. 0 where everything can go; ``last_position + 1`` where nothing can. With a KV budget: what came after
+        the last selection (nothing while a prompt is being read). Without one: all of it in plain attention; in
+        sliding-window layers what leaves a whole window of rows before it; nothing in recurrent and hybrid models.
+        """
+        memory = self._checked_memory()
+        self._valid(sequence)
+        if self._cache is not None:
+            return self._cache.removable_from(sequence)
+        lib, model = self._lib, self.model.handle
+        end = self.last_position(sequence) + 1
+        if lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model):
+            return end
+        first = int(lib.llama_memory_seq_pos_min(memory, sequence))
+        return 0 if first <= 0 else min(end, first + int(lib.llama_model_n_swa(model)))
+
     @property
     def kv_active(self) -> bool:
         """Whether there is a KV budget; False without one in the settings, and when the model cannot have one."""
@@ -270,6 +236,20 @@ class Context:
         """
         return self._checked_cache(sequence).select(sequence)
 
+    def set_step(self, n_tokens: int) -> None:
+        """Let up to ``n_tokens`` (1 to 16) tokens of a sequence in a batch be a decoding step, as a single one is.
+
+        With a KV budget, more are a prompt. The tokens of a step can all be removed again: rows are selected before it,
+        when it does not fit, and never after. So it gives what as many single tokens would, but for a selection that
+        may come earlier by less than a step. Without a budget there is nothing to tell apart, and nothing is changed.
+        Raises InvalidRequestError for more tokens than 16 or than fit beside the budget (``KVSettings.slack`` always
+        do), ContextError when there is no memory to compute such a step in.
+        """
+        if not 1 <= n_tokens <= MAX_STEP:
+            raise InvalidRequestError(f"a decoding step has 1 to {MAX_STEP} tokens, not {n_tokens}")
+        if self.handle and self._cache is not None:
+            self._cache.set_step(n_tokens)
+
     def prompt_begin(self, sequence: int, tokens: Sequence[int]) -> None:
         """Make ready to read a prompt in steps, after what the sequence holds; nothing is computed yet.
 
@@ -309,29 +289,3 @@ class Context:
         if not self.handle or self._memory is None:
             raise ContextError("this model keeps no rows of earlier tokens, so nothing can be generated with it")
         return self._memory
-
-
-def _fill(params: Any, settings: ContextSettings) -> object:
-    """Write the settings into the library's struct, whose layout is llama_cpp's, which ships with the library.
-
-    What is returned has to live until the context is made: the struct points into it.
-    """
-    params.n_ctx = _padded(settings.n_ctx) * settings.n_seq_max
-    # the library reserves one output for every sequence, and aborts the process when a batch has no room for them
-    params.n_batch = max(settings.n_batch, settings.n_seq_max)
-    params.n_ubatch = min(settings.n_ubatch, settings.n_batch)
-    params.n_seq_max = settings.n_seq_max
-    params.n_threads = settings.n_threads
-    params.n_threads_batch = settings.n_threads_batch or settings.n_threads
-    params.type_k = CACHE_TYPES[settings.type_k]
-    params.type_v = CACHE_TYPES[settings.type_v]
-    params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
-    params.swa_full = settings.swa_full
-    params.kv_unified = False
-    params.no_perf = True
-    return kv.fill(params, settings.kv) if settings.kv is not None else None
-
-
-def _padded(rows: int) -> int:
-    # as the library does per sequence; done here so that its division by n_seq_max leaves no remainder
-    return -(-rows // 256) * 256

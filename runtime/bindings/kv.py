@@ -8,131 +8,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.runtime.bindings import library
-from ziggurat.runtime.budget import POOL, POOL_TYPE, SINKS, WINDOW
+from ziggurat.runtime.bindings.kv_settings import POOLS, PREFILLS, SCORES, KVLayout, KVSettings, Progress
 from ziggurat.runtime.errors import ContextError, DecodeAborted, DecodeError, InvalidRequestError, LibraryError
 
 if TYPE_CHECKING:
     from ziggurat.runtime.bindings.model import Model
 
-#: Which rows stay.
-SCORES = {"snapkv": 0, "recent": 1, "random": 2}
-#: How prompts are read; lane is for comparisons.
-PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2, "lane": 3}
-#: How scores are pooled over neighbouring positions.
-POOLS = {"avg": 0, "max": 1}
-_MAX = 2**32 - 1
-_BOUNDS = {
-    "window": (1, _MAX), "sinks": (0, _MAX), "pool": (1, 255), "slack": (1, 2**20), "seed": (0, _MAX),
-    "n_reading": (1, _MAX),
-}  # fmt: skip
+#: Most tokens of a decoding step: so many can be removed again with the next selection's queries still there.
+MAX_STEP = 16
 _FIELD = "kv_budget"
 _FAILED, _ABORTED = -2, 2
-
-
-@dataclass(frozen=True)
-class KVSettings:
-    """A context's KV budget.
-
-    ``rows`` are those per KV head that each of the model's layers keeps after a prompt, the ``window`` last tokens and
-    the ``sinks`` first ones included; more than the context has mean all. The queries of the window observe: their
-    attention, pooled over ``pool`` positions (odd) by ``pool_type``, is the score snapkv. ``slack`` is how many rows a
-    layer has beyond, at least, for generated tokens. ``prefill`` exact selects once, after the whole prompt, layer by
-    layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
-    refuses the latter, which lane takes in any case; chunked selects after every ubatch, which loses what only the
-    prompt's end asks for. ``seed`` is that of the score random. ``n_reading`` prompts, no more than there are
-    sequences, may be read at a time; each takes the memory of a stage. ``n_copies`` of them (None: all) may follow what
-    their sequence holds already; each takes the memory of another sequence.
-    """
-
-    rows: tuple[int, ...]
-    window: int = WINDOW
-    sinks: int = SINKS
-    pool: int = POOL
-    pool_type: str = POOL_TYPE
-    slack: int = 64
-    score: str = "snapkv"
-    prefill: str = "exact"
-    seed: int = 0
-    n_reading: int = 1
-    n_copies: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", tuple(self.rows))
-        for name, (least, most) in _BOUNDS.items():
-            if not least <= getattr(self, name) <= most:
-                raise InvalidRequestError(
-                    f"the KV budget's {name} is {getattr(self, name)}; it must be from {least} to {most}"
-                )
-        if self.pool % 2 == 0:
-            raise InvalidRequestError(f"the KV budget's pool is {self.pool}; it must be odd")
-        for name, known in (("pool_type", POOLS), ("score", SCORES), ("prefill", PREFILLS)):
-            if getattr(self, name) not in known:
-                raise InvalidRequestError(f"a KV budget has no {name} {getattr(self, name)!r}: {', '.join(known)}")
-        if self.n_copies is not None and not 0 <= self.n_copies <= self.n_reading:
-            raise InvalidRequestError(
-                f"the KV budget's n_copies is {self.n_copies}; it must be from 0 to n_reading ({self.n_reading})"
-            )
-        least = self.window + self.sinks
-        if not self.rows or not least <= min(self.rows) <= max(self.rows) <= _MAX:
-            raise InvalidRequestError(
-                f"a KV budget needs at least {least} rows in every layer, for the window and the sinks; this one has"
-                f" {min(self.rows, default=0)} in one"
-            )
-
-    @property
-    def copies(self) -> int:
-        """Prompts that may follow what their sequence holds."""
-        return self.n_reading if self.n_copies is None else self.n_copies
-
-
-@dataclass(frozen=True)
-class KVLayout:
-    """What a context with a budget has allocated for all its sequences, in bytes.
-
-    ``rows_bytes`` are K and V rows, ``position_bytes`` the positions of selected rows, ``query_bytes`` the queries of
-    each sequence's window. Used only while prompts are read: ``copy_bytes``, the copies of their sequences;
-    ``stage_bytes``, for each of them ``stage_rows`` rows of one layer or, when ``layer_major`` is False, of all of
-    them; and ``hidden_bytes``, hidden states between the layers.
-    """
-
-    rows_bytes: int
-    position_bytes: int
-    query_bytes: int
-    copy_bytes: int
-    stage_bytes: int
-    hidden_bytes: int
-    stage_rows: int
-    layer_major: bool
-
-    @property
-    def kept_bytes(self) -> int:
-        """What stays after a prompt."""
-        return self.rows_bytes + self.position_bytes + self.query_bytes
-
-    @property
-    def total_bytes(self) -> int:
-        """All of it."""
-        return self.kept_bytes + self.copy_bytes + self.stage_bytes + self.hidden_bytes
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a prompt of ``tokens`` tokens is read. A step is one ubatch in one layer, or in all of them."""
-
-    steps_done: int
-    steps: int
-    tokens: int
-    finished: bool
-
-    @property
-    def fraction(self) -> float:
-        """The part of the steps that is done, 0.0 to 1.0."""
-        return self.steps_done / self.steps
 
 
 class _Params(ctypes.Structure):
@@ -185,7 +74,7 @@ def require() -> None:
 
 def _has_budgets(lib: Any) -> bool:
     # the field as well: the struct travels by value, and a binding without it would pass too short a one
-    return hasattr(lib._lib, "ziggurat_kv_prompt_begin") and hasattr(lib.llama_context_default_params(), _FIELD)
+    return hasattr(lib._lib, "ziggurat_kv_set_step") and hasattr(lib.llama_context_default_params(), _FIELD)
 
 
 @lru_cache(maxsize=1)
@@ -205,6 +94,8 @@ def _functions() -> dict[str, Any]:
         "positions": (i32, pointer, i32, i32, i32s, size),
         "set_budget": (i32, pointer, i32, u32s, size),
         "select": (i32, pointer, i32),
+        "set_step": (i32, pointer, ctypes.c_uint32),
+        "removable_from": (i32, pointer, i32),
         "prompt_begin": (i32, pointer, i32, i32s, size),
         "prompt_step": (i32, pointer, i32, ctypes.c_uint32, ctypes.POINTER(_Progress)),
         "prompt_cancel": (i32, pointer, i32),
@@ -318,6 +209,18 @@ class Cache:
         if count < 0:
             raise ContextError(self.refusal() or f"sequence {sequence} cannot be selected from")
         return count
+
+    def set_step(self, n_tokens: int) -> None:
+        """Let up to so many tokens of a sequence in a batch be a decoding step."""
+        status = self._call["set_step"](self._handle, n_tokens)
+        if status == _FAILED:
+            raise ContextError(self.refusal())
+        if status != 0:
+            raise InvalidRequestError(f"the KV budget refuses {self.refusal()}")
+
+    def removable_from(self, sequence: int) -> int:
+        """Return the first position from which on the sequence's end can be removed."""
+        return int(self._call["removable_from"](self._handle, sequence))
 
     def prompt_begin(self, sequence: int, tokens: Sequence[int]) -> None:
         """Make ready to read tokens in steps; raise ContextError when the sequence cannot take them, or not now."""

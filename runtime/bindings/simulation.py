@@ -16,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ziggurat.runtime.bindings.context import Context, ContextSettings
-from ziggurat.runtime.bindings.kv import KVSettings
+from ziggurat.runtime.bindings.context import Context
+from ziggurat.runtime.bindings.context_settings import ContextSettings
+from ziggurat.runtime.bindings.kv_settings import KVSettings
 from ziggurat.runtime.bindings.memory import BufferMemory, measure
 from ziggurat.runtime.bindings.model import Model
 from ziggurat.runtime.errors import ContextError, ModelLoadError, ZigguratError

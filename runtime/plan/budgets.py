@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ziggurat.runtime.bindings.context import ContextSettings
-from ziggurat.runtime.bindings.kv import KVSettings
+from ziggurat.runtime.bindings.context_settings import ContextSettings
+from ziggurat.runtime.bindings.kv_settings import KVSettings
 from ziggurat.runtime.plan.kv import CACHE_TYPE_BLOCKS, KVShape, bytes_per_token, padded, row_bytes
 
 _POSITION, _HIDDEN = 4, 4

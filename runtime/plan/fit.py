@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from ziggurat.runtime.bindings.context import MAX_ROWS, ContextSettings
+from ziggurat.runtime.bindings.context_settings import MAX_ROWS, ContextSettings
 from ziggurat.runtime.plan.kv import padded
 from ziggurat.runtime.plan.memory import MemoryPlan
 from ziggurat.runtime.plan.outline import Outline

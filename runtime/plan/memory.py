@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ziggurat.runtime.bindings.context import ContextSettings
+from ziggurat.runtime.bindings.context_settings import ContextSettings
 from ziggurat.runtime.bindings.memory import BufferMemory
 from ziggurat.runtime.plan.budgets import BudgetMemory, budget_memory
 from ziggurat.runtime.plan.compute import compute_bytes, ubatch
