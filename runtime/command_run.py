@@ -72,6 +72,7 @@ def run(model: Path, prompt: str, **options: Any) -> int:
         threads=options["threads"],
         gpu_layers=options["gpu_layers"],
         kv=policy,
+        one_shot=True,
     )
     with LlamaEngine(model, settings) as engine:
         info = engine.load()

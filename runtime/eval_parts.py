@@ -223,6 +223,7 @@ class NeedleGrid:
             threads=options["threads"],
             gpu_layers=options["gpu_layers"],
             kv=options["kv"],
+            one_shot=True,
         )
         with LlamaEngine(self._path, how) as engine:
             _without_budget(engine.load().kv_unsupported, options, self._note)

@@ -22,6 +22,7 @@ from ziggurat.runtime.errors import InvalidRequestError
 
 #: The preset taken when a budget is given and none is named, and the name for no budget.
 DEFAULT_PRESET, NO_BUDGET = "pyramid", "none"
+_LENGTHS = 256  # of prompts that ``most_rows`` looks at
 _LIBRARY_ROWS = 256  # rows of a context are allocated in such steps
 
 
@@ -29,9 +30,9 @@ _LIBRARY_ROWS = 256  # rows of a context are allocated in such steps
 class KVPolicy:
     """A budget with its schedule (how many rows each layer keeps) and score (which); see ``KVSettings`` for the rest.
 
-    ``reading`` and ``copies`` are ``n_reading`` and ``n_copies`` there: prompts that may be read at a time, and how
-    many of them after others. A part of the prompt that has no room for window and sinks is raised to them; a number of
-    rows that has none is refused with InvalidRequestError.
+    ``reading`` and ``copies`` are ``n_reading`` (None: as many as suit) and ``n_copies`` there: prompts that may be
+    read at a time, and how many of them after others. A part of the prompt that has no room for window and sinks is
+    raised to them; a number of rows that has none is refused with InvalidRequestError.
     """
 
     budget: Budget
@@ -44,7 +45,7 @@ class KVPolicy:
     slack: int = KVSettings.slack
     prefill: str = KVSettings.prefill
     seed: int = KVSettings.seed
-    reading: int = KVSettings.n_reading
+    reading: int | None = None
     copies: int | None = KVSettings.n_copies
 
     def __post_init__(self) -> None:
@@ -80,6 +81,16 @@ class KVPolicy:
             )
         )
 
+    def most_rows(self, layers: int, n_ctx: int) -> tuple[int, ...]:
+        """Return the most rows that each layer keeps of a prompt of any length up to the context.
+
+        A falling schedule is flatter for shorter prompts: a layer above keeps more of those. (Looked at for lengths
+        close to each other, not for every one: ``rows`` may ask for one more.)
+        """
+        step = max(1, n_ctx // _LENGTHS)
+        found = [self.rows(layers, n_ctx, tokens) for tokens in (*range(step, n_ctx, step), n_ctx)]
+        return tuple(map(max, zip(*found, strict=True)))
+
     def settings(self, rows: tuple[int, ...]) -> KVSettings:
         """Return what a context is made with, to keep these rows."""
         return KVSettings(
@@ -92,17 +103,18 @@ class KVPolicy:
             score=self.score,
             prefill=self.prefill,
             seed=self.seed,
-            n_reading=self.reading,
+            n_reading=self.reading or 1,
             n_copies=self.copies,
         )
 
     def as_json(self) -> dict[str, Any]:
         """Return it as reports have it."""
-        names = ("score", "window", "sinks", "pool", "pool_type", "slack", "prefill", "seed", "reading")
+        names = ("score", "window", "sinks", "pool", "pool_type", "slack", "prefill", "seed")
         return {
             "budget": str(self.budget),
             "schedule": self.schedule.method.name,
             **{name: getattr(self, name) for name in names},
+            "reading": self.reading or 1,
         }
 
 

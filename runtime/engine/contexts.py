@@ -1,30 +1,37 @@
-"""The context that a prompt is read into: with a KV budget, how many rows it has can depend on the prompt's length."""
+"""The context that prompts are read into: with a KV budget, how many rows it has depends on what is to be read."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ziggurat.runtime import plan
-from ziggurat.runtime.bindings import Batch, Context, ContextSettings, Model
+from ziggurat.runtime.bindings import Batch, Context, ContextSettings, KVSettings, Model
 from ziggurat.runtime.engine.generation import KVFigures
 from ziggurat.runtime.kv_policy import KVPolicy
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A context with the batch it is fed by and the figures of its cache."""
+    """A context with the batch it is fed by and the figures of one sequence's cache.
+
+    ``rows`` tells how many each layer keeps of so many tokens; nothing without a budget. ``kept`` and ``allocated`` are
+    the cache's bytes for all sequences, after prompts and with what reading them takes.
+    """
 
     context: Context
     batch: Batch
     kv: KVFigures
+    rows: Callable[[int], tuple[int, ...]]
+    kept: int = 0
+    allocated: int = 0
 
 
 class Contexts:
-    """Makes the context that a prompt needs, and keeps it as long as the next prompts need the same.
+    """Makes contexts for one model.
 
-    ``shape`` is None for models without attention. Without a policy, or with one that gives prompts of all lengths the
-    same rows, there is one context, made at once. Raises what making a context raises. The model frees what is left.
+    ``shape`` is None for models without attention. Raises what making a context raises. The model frees what is left.
     """
 
     def __init__(
@@ -32,23 +39,42 @@ class Contexts:
     ) -> None:
         self._model, self._shape, self._settings, self._policy = model, shape, settings, policy
         self._serving: Serving | None = None
-        if policy is None or not policy.varies:
-            self.for_prompt(settings.n_ctx)
 
     def for_prompt(self, n_tokens: int) -> Serving:
-        """Return the context for a prompt of so many tokens; the one returned before is closed if it is another."""
-        settings = self._settings
-        if self._policy is not None:
-            rows = self._policy.rows(self._model.n_layer, settings.n_ctx, n_tokens)
-            settings = dataclasses.replace(settings, kv=self._policy.settings(rows))
-        if self._serving is not None and self._serving.context.settings == settings:
-            return self._serving
-        if self._serving is not None:
-            self._serving.context.close()
-            self._serving = None
-        context = Context(self._model, settings)
-        self._serving = Serving(context, context.new_batch(), self._figures(context))
+        """Return a context for one prompt of so many tokens; the one returned before is closed if it is another."""
+        rows = None if self._policy is None else self._policy.rows(self._model.n_layer, self._settings.n_ctx, n_tokens)
+        settings = self._with_rows(rows)
+        if self._serving is None or self._serving.context.settings != settings:
+            if self._serving is not None:
+                self._serving.context.close()
+                self._serving = None
+            self._serving = self._make(settings)
         return self._serving
+
+    def for_all(self) -> Serving:
+        """Return the context for prompts of any length up to the context's."""
+        return self._make(self._with_rows(None if self._policy is None else self._most()))
+
+    def _most(self) -> tuple[int, ...]:
+        assert self._policy is not None
+        return self._policy.most_rows(self._model.n_layer, self._settings.n_ctx)
+
+    def _with_rows(self, rows: tuple[int, ...] | None) -> ContextSettings:
+        if rows is None or self._policy is None:
+            return self._settings
+        return dataclasses.replace(self._settings, kv=self._policy.settings(rows))
+
+    def _make(self, settings: ContextSettings) -> Serving:
+        context = Context(self._model, settings)
+        kv, layout = self._figures(context), context.kv_layout()
+        kept = layout.kept_bytes if layout is not None else kv.full * settings.n_seq_max
+        allocated = layout.total_bytes if layout is not None else kept
+        return Serving(context, context.new_batch(), kv, self._rows, kept, allocated)
+
+    def _rows(self, n_tokens: int) -> tuple[int, ...]:
+        if self._policy is None:
+            return ()
+        return self._policy.rows(self._model.n_layer, self._settings.n_ctx, n_tokens)
 
     def _figures(self, context: Context) -> KVFigures:
         if self._shape is None:
@@ -61,10 +87,17 @@ class Contexts:
         layout = context.kv_layout()
         if layout is None:
             return KVFigures(full, full, full, plan.rows_per_layer(self._shape, settings.n_ctx, n_ubatch=n_ubatch))
+        assert settings.kv is not None
+        kept = layout.kept_bytes // settings.n_seq_max
+        reading = (layout.total_bytes - layout.kept_bytes) // _lanes(settings.kv, settings.n_seq_max)
         return KVFigures(
-            bytes=layout.kept_bytes,
-            peak=layout.total_bytes,
+            bytes=kept,
+            peak=kept + reading,
             full=full,
             rows_per_layer=context.kv_capacity(),
             endless=layout.stage_rows > 0,
         )
+
+
+def _lanes(kv: KVSettings, n_seq: int) -> int:
+    return min(kv.n_reading, n_seq)

@@ -1,27 +1,25 @@
-"""One generation as resumable steps: read the prompt piece by piece, then one token a step.
+"""The state of one answer: how far its prompt is read, what was generated, and its figures.
 
-The engine decides when a step runs; nothing here knows of threads or queues, so a scheduler of many sequences can
-interleave these steps.
+Nothing here computes or knows of threads: the scheduler does the steps and tells what came of them.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ziggurat.runtime.bindings import Batch, Context, Progress
-from ziggurat.runtime.engine.protocol import FinishReason, GenerationRequest, GenerationStats, TokenEvent
+from ziggurat.runtime.bindings import Context
+from ziggurat.runtime.engine.admission import Job
+from ziggurat.runtime.engine.prefill import Reader
+from ziggurat.runtime.engine.protocol import FinishReason, GenerationStats, TokenEvent
+from ziggurat.runtime.engine.slots import Slot
 from ziggurat.runtime.engine.text import TextAssembler
 from ziggurat.runtime.logprobs import token_logprobs
-from ziggurat.runtime.sampler import Sampler
-
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class KVFigures:
-    """The KV cache of a context: bytes as ``GenerationStats`` has them, and the rows each layer allocated.
+    """What one sequence takes of a context's KV cache: bytes as ``GenerationStats`` has them, and rows per layer.
 
     ``endless``: layers that are full select again, so that a generation is not bounded by the context.
     """
@@ -34,156 +32,139 @@ class KVFigures:
 
 
 class Generation:
-    """The state of one sequence, from its first prompt token to its last generated one.
+    """One request on one sequence, from its first prompt token to its last generated one.
 
-    ``step`` does one piece of work and returns the token it made, if any; ``reason`` is set when it is done.
-    ``sampler`` is the request's own, made here if it is not given; ``finish`` closes it.
+    ``slot.tokens`` are those whose rows are there; ``pending`` was chosen and has none yet. ``parts`` are the prompt's
+    tokens that are still to be read, piece by piece, ``reader`` reads the first of them. ``reason`` is set when it is
+    done.
     """
 
     def __init__(
-        self,
-        request: GenerationRequest,
-        tokens: Sequence[int],
-        context: Context,
-        *,
-        sequence: int = 0,
-        kv: KVFigures,
-        submitted: float,
-        sampler: Sampler | None = None,
-        clock: Clock = time.perf_counter,
+        self, job: Job, slot: Slot, reused: int, *, context: Context, kv: KVFigures, clock: Callable[[], float]
     ) -> None:
-        self.request = request
+        self.job, self.slot = job, slot
         self.reason: FinishReason | None = None
-        self.n_generated = 0
-        self._tokens = tokens
-        self._context = context
-        self._vocab = context.model.vocab
-        self._sequence = sequence
-        self._kv = kv
+        self.pending: int | None = None
+        self.parts: list[list[int]] = []
+        self.reader: Reader | None = None
+        self.read_seconds = 0.0  # of the piece of the prompt that is being read
+        self.n_generated = self.decode_steps = self.drafted = self.accepted = 0
+        self._reused = reused
+        self._context, self._vocab, self._kv = context, context.model.vocab, kv
+        self._text = TextAssembler(job.request.stop)
         self._clock = clock
-        self._submitted = submitted
-        self._sampler = sampler or Sampler(request.sampling, self._vocab, context.settings.n_ctx)
-        self._sampler.prime(tokens)
-        self._text = TextAssembler(request.stop)
-        self._n_read = 0
-        self._progress: Progress | None = None
-        self._pending: int | None = None  # sampled, not yet decoded
         self._started = self._prompt_done = self._last = clock()
-        self._first_token = 0.0
-        self._decode_steps = 0
         self._prompt_rows: tuple[int, ...] = ()
+        self._read = False
+        job.sampler.prime(job.tokens)
 
     @property
-    def n_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self._tokens)
+    def reading(self) -> bool:
+        """Whether its prompt is not read to the end."""
+        return self.pending is None
+
+    @property
+    def started(self) -> float:
+        """When it got its sequence."""
+        return self._started
 
     @property
     def prompt_progress(self) -> float:
-        """The part of the prompt's computation that is done, 0.0 to 1.0."""
-        if self._progress is not None:
-            return self._progress.fraction
-        return self._n_read / self.n_prompt
+        """The part of the prompt's computation that is done, 0.0 to 1.0, by tokens between the pieces."""
+        left = sum(map(len, self.parts))
+        total = len(self.job.tokens) - self._reused
+        if not left or self.reader is None:
+            return 1.0 - left / total
+        return 1.0 - (left - self.reader.progress * len(self.parts[0])) / total
 
-    def step(self, batch: Batch) -> TokenEvent | None:
-        """Read a piece of the prompt, or make one token; ``batch`` is emptied and used.
+    def prompt_read(self, rows: tuple[int, ...]) -> None:
+        """The prompt is read, and these rows are in use in each layer."""
+        self._prompt_done = self._last = self._clock()
+        self._prompt_rows, self._read = rows, True
 
-        A piece is a batch, or with a KV budget one step of ``Context.prompt_step``. Raises what ``Context.decode``
-        raises; the sequence's rows are then the caller's to remove.
+    def choose(self, index: int) -> TokenEvent | None:
+        """Choose the next token from the logits at ``index`` of the context's last batch; it is then pending.
+
+        None when it ends instead. Raises what ``Sampler.sample`` raises.
         """
-        batch.clear()
-        if self._n_read < self.n_prompt:
-            if self._n_read == 0 and self._progress is None:
-                self._started = self._clock()
-            return self._read_step() if self._context.kv_active else self._read_chunk(batch)
-        assert self._pending is not None
-        index = batch.add((self._pending,), self.n_prompt + self.n_generated - 1, self._sequence, output_last=True)
-        self._context.decode(batch)
-        self._decode_steps += 1
-        return self._choose(index)
-
-    def _read_step(self) -> TokenEvent | None:
-        if self._progress is None:
-            self._context.prompt_begin(self._sequence, self._tokens)
-        self._progress = self._context.prompt_step(self._sequence, 1)
-        if not self._progress.finished:
-            return None
-        self._n_read = self.n_prompt
-        self._prompt_rows = self._rows(self._n_read)
-        return self._choose(-1)
-
-    def _read_chunk(self, batch: Batch) -> TokenEvent | None:
-        chunk = self._tokens[self._n_read : self._n_read + batch.capacity]
-        last = self._n_read + len(chunk) == self.n_prompt
-        index = batch.add(chunk, self._n_read, self._sequence, output_last=last)
-        self._context.decode(batch)
-        self._n_read += len(chunk)
-        self._prompt_rows = self._rows(self._n_read)
-        return self._choose(index) if last else None
-
-    def _choose(self, index: int) -> TokenEvent | None:
-        token = self._sampler.sample(self._context, index)
+        token = self.job.sampler.sample(self._context, index)
         self._last = self._clock()
-        if not self._first_token:
-            self._first_token = self._prompt_done = self._last
         if token is None or self._vocab.is_eog(token):
             self.reason = "stop"
             return None
         self.n_generated += 1
-        self._pending = token
+        self.pending = token
         text = self._text.feed(self._vocab.piece(token))
         if self._text.stopped:
             self.reason = "stop"
         elif self._is_full():
             self.reason = "length"
-        wanted = self.request.logprobs
+        wanted = self.job.request.logprobs
         if wanted is None:
             return TokenEvent(token, text)
-        logits = self._context.logits(index)
-        return TokenEvent(token, text, token_logprobs(logits, token, wanted, self._vocab))
+        return TokenEvent(token, text, token_logprobs(self._context.logits(index), token, wanted, self._vocab))
 
     def _is_full(self) -> bool:
-        limit = self.request.max_tokens
+        limit = self.job.request.max_tokens
         if self.n_generated == limit or self._kv.endless:
             return self.n_generated == limit
         # the pending token needs a row of its own before another can be chosen
-        return self.n_prompt + self.n_generated > self._context.settings.n_ctx
+        return len(self.job.tokens) + self.n_generated > self._context.settings.n_ctx
 
-    def _rows(self, n_tokens: int) -> tuple[int, ...]:
-        """Return the rows in use in each layer after ``n_tokens`` tokens."""
-        if self._context.kv_active:
-            return self._context.kv_rows(self._sequence)
-        return tuple(min(n_tokens, rows) for rows in self._kv.rows_per_layer)
-
-    def _evicted(self) -> int:
-        seen = self._n_read + self._decode_steps
-        return sum(seen - rows for rows in self._rows(seen)) if self._context.kv_active else 0
-
-    def cancel(self) -> None:
-        """End it; idempotent, and without effect when it has ended by itself."""
-        if self.reason is None:
-            self.reason = "cancelled"
+    @property
+    def room(self) -> int:
+        """Tokens that can follow the pending one before it ends by itself."""
+        limit = self.job.request.max_tokens
+        left = [] if limit is None else [limit - self.n_generated]
+        if not self._kv.endless:
+            left.append(self._context.settings.n_ctx - len(self.job.tokens) - self.n_generated + 1)
+        return min(left, default=2**31)
 
     def finish(self) -> str:
         """Return the text still held back, and free the sampler."""
-        self._sampler.close()
+        self.job.sampler.close()
         return self._text.finish()
 
     def stats(self) -> GenerationStats:
         """Return the figures so far."""
-        read = self._prompt_done - self._started if self._first_token else self._clock() - self._started
+        params = self.job.sampler.params
+        read_until = self._prompt_done if self._read else self._clock()
         return GenerationStats(
-            prompt_tokens=self.n_prompt,
+            prompt_tokens=len(self.job.tokens),
             generated_tokens=self.n_generated,
-            prompt_seconds=read,
-            decode_seconds=self._last - self._prompt_done if self._first_token else 0.0,
-            decode_steps=self._decode_steps,
-            time_to_first_token_s=self._first_token - self._submitted if self._first_token else 0.0,
+            prompt_seconds=read_until - self._started,
+            decode_seconds=self._last - self._prompt_done if self._read else 0.0,
+            decode_steps=self.decode_steps,
+            time_to_first_token_s=self._prompt_done - self.job.submitted if self._read else 0.0,
             kv_bytes=self._kv.bytes,
             kv_bytes_peak=self._kv.peak,
             kv_bytes_full=self._kv.full,
-            kv_rows_per_layer=self._prompt_rows or self._rows(self._n_read),
-            evicted_rows=self._evicted(),
+            kv_rows_per_layer=self._prompt_rows,
+            evicted_rows=self.slot.evicted,
             n_ctx=self._context.settings.n_ctx,
-            seed=self._sampler.params.seed if self._sampler.params.random else None,
+            seed=params.seed if params.random else None,
+            reused_tokens=self._reused,
+            queue_seconds=self._started - self.job.submitted,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
+
+
+def not_begun(job: Job, n_ctx: int, now: float) -> GenerationStats:
+    """Return the figures of a request that ended before it had a sequence."""
+    return GenerationStats(
+        prompt_tokens=len(job.tokens),
+        generated_tokens=0,
+        prompt_seconds=0.0,
+        decode_seconds=0.0,
+        decode_steps=0,
+        time_to_first_token_s=0.0,
+        kv_bytes=0,
+        kv_bytes_peak=0,
+        kv_bytes_full=0,
+        kv_rows_per_layer=(),
+        evicted_rows=0,
+        n_ctx=n_ctx,
+        seed=None,
+        queue_seconds=now - job.submitted,
+    )

@@ -25,12 +25,15 @@ from ziggurat.runtime.errors import InvalidRequestError, MemoryShortageError, Un
 from ziggurat.runtime.gguf_file import GGUFFile, read_gguf
 from ziggurat.runtime.hardware import default_threads
 from ziggurat.runtime.kv_policy import KVPolicy
+from ziggurat.runtime.model_hash import model_hash
 from ziggurat.runtime.plan.machine import impossible, shortage, this_machine
 
 _logger = logging.getLogger(__name__)
 
 #: Context taken when none is asked for: the model's own, but no more than this.
 DEFAULT_CTX = 8192
+#: Sequences that a context can have.
+MAX_SEQUENCES = 256
 # the part of the free memory from which on an estimate is not good enough
 _NEAR = 0.9
 # times the memory of the machine from which on no better estimate helps: asking takes a part of what it asks for
@@ -45,6 +48,11 @@ class EngineSettings:
     are computed at once. ``type_k`` and ``type_v`` are the KV row types (f16, bf16, q8_0, q4_0). ``threads`` None takes
     the physical cores, ``gpu_layers`` None all that the device can hold. ``kv`` bounds the rows that stay of a prompt;
     None keeps all.
+
+    ``parallel`` requests run at a time, and ``cached`` sequences beside theirs hold what earlier ones left, to be
+    continued or begun with; ``queue_limit`` more requests may wait. While prompts are read, the time between two tokens
+    of the others may be ``gap`` times what it is undisturbed, and one piece of reading. ``one_shot`` is for single
+    prompts: the cache is made for each one's length, and nothing of it is used again.
     """
 
     n_ctx: int | None = None
@@ -56,14 +64,36 @@ class EngineSettings:
     threads: int | None = None
     gpu_layers: int | None = None
     kv: KVPolicy | None = None
+    parallel: int = 1
+    cached: int = 0
+    queue_limit: int = 64
+    gap: float = 3.0
+    one_shot: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_ctx", "n_batch", "n_ubatch", "threads"):
+        for name in ("n_ctx", "n_batch", "n_ubatch", "threads", "parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} is {value}; it must be at least 1")
         if self.gpu_layers is not None and self.gpu_layers < 0:
             raise InvalidRequestError(f"gpu_layers is {self.gpu_layers}; it must be 0 or more")
+        for name in ("cached", "queue_limit"):
+            if getattr(self, name) < 0:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.parallel + self.cached > MAX_SEQUENCES:
+            raise InvalidRequestError(
+                f"parallel and cached are {self.parallel} and {self.cached}; together they can be {MAX_SEQUENCES}"
+            )
+        if not 1 < self.gap <= 1000:
+            raise InvalidRequestError(f"the gap is {self.gap}; it must be above 1 and at most 1000")
+        if self.one_shot and (self.parallel, self.cached) != (1, 0):
+            raise InvalidRequestError("an engine for single prompts runs one at a time and keeps nothing")
+
+    @property
+    def lanes(self) -> int:
+        """Prompts that are read at a time."""
+        asked = self.kv.reading if self.kv is not None else None
+        return min(asked or 2, self.parallel)
 
 
 @dataclass(frozen=True)
@@ -74,6 +104,11 @@ class Loaded:
     contexts: Contexts
     prompts: PromptEncoder
     info: ModelInfo
+    planned: plan.MemoryPlan
+
+    def hash(self) -> str:
+        """Return what tells the model's file from others."""
+        return model_hash(self.info.path)
 
 
 def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callable[[float], bool]) -> Loaded:
@@ -91,7 +126,9 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
         plan.check_cache_types(shape, settings.type_k, settings.type_v)
     if settings.kv is not None:
         kv.require()
-        settings = replace(settings, kv=replace(settings.kv, copies=0))  # every request begins with an empty cache
+        # with one shot every prompt begins with an empty cache
+        kv_policy = replace(settings.kv, reading=settings.lanes, copies=0 if settings.one_shot else None)
+        settings = replace(settings, kv=kv_policy)
     expected = _check_memory(file, settings)
     model = Model(path, gpu_layers=settings.gpu_layers, progress=proceed)
     try:
@@ -117,9 +154,10 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
             has_chat_template=model.chat_template is not None,
             kv_bytes=sum(expected.kv_per_layer),
             kv_unsupported=unsupported,
+            parallel=settings.parallel,
         )
         contexts = Contexts(model, shape, _context_settings(settings, n_ctx), settings.kv)
-        return Loaded(model, contexts, PromptEncoder(model.vocab, model.chat_template), info)
+        return Loaded(model, contexts, PromptEncoder(model.vocab, model.chat_template), info, expected)
     except BaseException:
         model.close()
         raise
@@ -143,7 +181,8 @@ def _check_memory(file: GGUFFile, settings: EngineSettings) -> plan.MemoryPlan:
     n_ctx = _n_ctx(settings, model.n_ctx_train)
     context = _context_settings(settings, n_ctx)
     if settings.kv is not None and model.kv is not None:
-        context = replace(context, kv=settings.kv.settings(settings.kv.rows(model.kv.n_layer, n_ctx)))
+        rows = settings.kv.rows if settings.one_shot else settings.kv.most_rows
+        context = replace(context, kv=settings.kv.settings(rows(model.kv.n_layer, n_ctx)))
     planned = plan.plan_memory(model, context, gpu_layers=gpu_layers if free else 0)
     machine = this_machine(free)
     near = planned.total > _NEAR * machine.available and planned.host.fixed < _FAR * (machine.total + machine.swap)
@@ -172,6 +211,7 @@ def _context_settings(settings: EngineSettings, n_ctx: int) -> ContextSettings:
         n_ctx=n_ctx,
         n_batch=settings.n_batch,
         n_ubatch=settings.n_ubatch,
+        n_seq_max=settings.parallel + settings.cached,
         type_k=settings.type_k,
         type_v=settings.type_v,
         flash_attention=settings.flash_attention,

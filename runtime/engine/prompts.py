@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 from ziggurat.runtime.bindings import Vocab
 from ziggurat.runtime.chat_template import ChatTemplate
 from ziggurat.runtime.engine.protocol import GenerationRequest
+from ziggurat.runtime.engine.reuse import common_prefix
 from ziggurat.runtime.errors import TemplateError
+
+_SYSTEM = ("system", "developer")
 
 
 class PromptEncoder:
@@ -31,6 +35,23 @@ class PromptEncoder:
             self._vocab.check(request.tokens)
             return list(request.tokens)
         return self.tokenize(self.render(request) if request.messages is not None else request.prompt or "")
+
+    def shared(self, request: GenerationRequest, tokens: Sequence[int]) -> int:
+        """Return how many of a conversation's tokens are those of its system messages, which others may begin with.
+
+        Found by rendering them before another question. 0 for prompts without such messages.
+        """
+        messages = request.messages or ()
+        n_system = next((place for place, message in enumerate(messages) if message.role not in _SYSTEM), 0)
+        if n_system == 0:
+            return 0
+        question = messages[n_system]
+        other = replace(question, content="0" if question.content[:1] != "0" else "1")
+        try:
+            text = self.render(replace(request, messages=(*messages[:n_system], other)))
+        except TemplateError:  # this template wants more of a conversation
+            return 0
+        return common_prefix(tokens, self.tokenize(text))
 
     def render(self, request: GenerationRequest) -> str:
         """Return the text of a conversation as the model's template writes it, ready for the assistant's turn."""

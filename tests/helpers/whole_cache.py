@@ -35,6 +35,9 @@ class WholeCache:
     def capacity(self) -> tuple[int, ...]:
         return (1024,) * self._n_layer
 
+    def removable_from(self, sequence: int) -> int:
+        return 0
+
     def rows(self, sequence: int) -> tuple[int, ...]:
         memory = library.api().llama_get_memory(self._handle)
         seen = library.api().llama_memory_seq_pos_max(memory, sequence) + 1

@@ -1,0 +1,80 @@
+"""Which sequence a prompt is read into, and how many of its tokens are there already. Pure decisions, no library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ziggurat.runtime.engine.slots import Slot
+
+#: Fewer tokens than these are read sooner than a sequence with them is copied.
+LEAST_FORK = 16
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a prompt goes: a sequence, after ``reused`` tokens, which come from ``source`` when they are elsewhere."""
+
+    slot: int
+    reused: int = 0
+    source: int | None = None
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin alike with. Compares slices of lists, in O(n log n) at C's speed."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:  # a[:low] is alike, a[:high] is not
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def usable(prompt: Sequence[int], held: Slot, *, reread: bool) -> int:
+    """Return how many of a prompt's tokens need not be read again on what a sequence holds.
+
+    The last one always has to be, for its logits. Rows that were chosen for another end of the text do not serve: what
+    follows them can be removed only as far as nothing was evicted since. With ``reread`` a sequence that anything was
+    evicted from is of no use at all.
+    """
+    if held.reading or (reread and held.evicted):
+        return 0
+    common = min(common_prefix(prompt, held.tokens), len(prompt) - 1)
+    return common if common == len(held.tokens) or common >= held.removable_from else 0
+
+
+def place(
+    prompt: Sequence[int], slots: Iterable[Slot], *, conversation: str | None = None, reread: bool = False
+) -> Placement | None:
+    """Choose a sequence for a prompt; None when all are busy.
+
+    The sequence with the most to reuse is continued where that is most of what it holds, it is the same conversation's,
+    or no other is free; else the tokens are copied into another one, the emptiest and then the least recently used.
+    """
+    slots = list(slots)
+    free = [held for held in slots if not held.busy]
+    if not free:
+        return None
+    counts = {held.index: usable(prompt, held, reread=reread) for held in slots}
+
+    def worth(held: Slot) -> tuple[int, bool, bool, int]:
+        same = conversation is not None and held.conversation == conversation
+        return counts[held.index], not held.busy, same, held.last_used
+
+    best = max(slots, key=worth)
+    count = counts[best.index]
+    same = conversation is not None and best.conversation == conversation
+    others = [held for held in free if held is not best]
+    if count and not best.busy and (same or 2 * count >= len(best.tokens) or not others):
+        return Placement(best.index, count)
+    own = [held for held in free if conversation is not None and held.conversation == conversation]
+    target = min(own or others or free, key=lambda held: (bool(held.tokens), held.last_used))
+    if target is not best and count >= max(LEAST_FORK, counts[target.index] + 1):
+        return Placement(target.index, count, best.index)
+    return Placement(target.index, counts[target.index])

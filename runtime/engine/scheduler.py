@@ -1,0 +1,328 @@
+"""What the context computes next: who gets in, which prompt is read on, and one decoding step for all others.
+
+A tick is at most one of each. While some decode, prompts are read only for ``gap`` - 1 times as long as a decoding step
+takes, but at least one piece: the time between two tokens of a sequence is then at most ``gap`` undisturbed ones and
+one piece of reading. Prompts that are read at the same time take turns, and the last place among them is only for
+short ones, which so never wait for a long one to end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ziggurat.runtime.engine.admission import Inbox, Job
+from ziggurat.runtime.engine.contexts import Serving
+from ziggurat.runtime.engine.decoding import Decoding
+from ziggurat.runtime.engine.generation import Generation, not_begun
+from ziggurat.runtime.engine.prefill import ChunkReader, Reader, StepReader
+from ziggurat.runtime.engine.protocol import FinishEvent
+from ziggurat.runtime.engine.rates import Rate
+from ziggurat.runtime.engine.reuse import LEAST_FORK
+from ziggurat.runtime.engine.slots import Slots
+from ziggurat.runtime.errors import DecodeAborted, EngineError, RequestTimeoutError, ZigguratError
+
+if TYPE_CHECKING:
+    from ziggurat.runtime.engine.drafting import Drafting
+
+_logger = logging.getLogger(__name__)
+
+# how many of those that wait are looked at for a short one
+_LOOK_AHEAD = 8
+
+
+@dataclass
+class Counts:
+    """What was served, since the engine was loaded; see ``EngineStats``."""
+
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    evicted_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How requests share a context of ``n_ctx`` tokens each; ``lanes`` prompts are read at a time."""
+
+    n_ctx: int
+    parallel: int
+    lanes: int
+    gap: float
+
+
+class Scheduler:
+    """Serves the requests of an inbox with one context; ``tick`` is called by the thread that owns it.
+
+    The context is given to ``use``. With ``serving_for`` it is that which each prompt's length asks for, and nothing of
+    it is used again: that is for one request at a time.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        turns: Turns,
+        *,
+        serving_for: Callable[[int], Serving] | None = None,
+        drafting: Drafting | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.counts = Counts()
+        self.prefill_rate = Rate()
+        self.running: list[Generation] = []
+        self.serving: Serving
+        self.slots: Slots
+        self.decoding: Decoding | None = None
+        self._inbox, self._turns, self._serving_for, self._clock = inbox, turns, serving_for, clock
+        self._drafting = drafting
+        self._lanes: deque[Generation] = deque()
+
+    def use(self, serving: Serving) -> None:
+        """Go on with this context; nothing runs on the one before."""
+        if self.decoding is None or serving is not self.serving:
+            self.serving = serving
+            self.slots = Slots(serving.context)
+            self.decoding = Decoding(serving, self._drafting, self._clock)
+
+    def tick(self) -> bool:
+        """Do the next piece of everything; False when there was nothing to do."""
+        worked = self._run_task()
+        self._drop()
+        self._admit()
+        worked |= self._read()
+        return self._decode() or worked
+
+    def interrupt(self, job: Job | None) -> None:
+        """From any thread: end the computation at once if it is for this request alone; None: whatever it is for."""
+        running = self.running
+        if self.decoding is not None and (job is None or (len(running) == 1 and running[0].job is job)):
+            self.serving.context.abort.set()
+
+    def give_up(self, error: Exception) -> None:
+        """End all that runs: something failed that is of no single request."""
+        for generation in list(self.running):
+            self._end(generation, error)
+
+    # requests
+
+    def _drop(self) -> None:
+        """End what was cancelled or has run out of time."""
+        now = self._clock()
+        if self._inbox.waiting:
+            with self._inbox.lock:
+                gone = [job for job in self._inbox.waiting if job.cancelled or _late(job, now)]
+                for job in gone:
+                    self._inbox.remove(job)
+            for job in gone:
+                self._refuse(job, None if job.cancelled else _timeout(job, "waited"))
+        for generation in list(self.running):
+            if generation.job.cancelled:
+                generation.reason = "cancelled"
+                self.serving.context.abort.clear()
+                self._end(generation)
+            elif _late(generation.job, now):
+                self._end(generation, _timeout(generation.job, "ran"))
+
+    def _refuse(self, job: Job, error: Exception | None) -> None:
+        """End a request that has no sequence yet."""
+        job.sampler.close()
+        stats = not_begun(job, self._turns.n_ctx, self._clock())
+        self._report(job, FinishEvent("", "cancelled", stats), error)
+
+    def _admit(self) -> None:
+        if not self._inbox.waiting:
+            return
+        with self._inbox.lock:
+            waiting = list(itertools.islice(self._inbox.waiting, _LOOK_AHEAD))
+        turns = self._turns
+        for job in waiting:
+            if len(self.running) >= turns.parallel or len(self._lanes) >= turns.lanes:
+                return
+            last_lane = turns.lanes > 1 and len(self._lanes) == turns.lanes - 1
+            if last_lane and self.slots.unread(job) > self.serving.context.n_ubatch:
+                continue
+            self._inbox.remove(job)
+            self._begin(job)
+
+    def _begin(self, job: Job) -> None:
+        slot = None
+        try:
+            if self._serving_for is not None:
+                self.use(self._serving_for(len(job.tokens)))
+            slot, reused = self.slots.prepare(job)
+            generation = Generation(
+                job, slot, reused, context=self.serving.context, kv=self.serving.kv, clock=self._clock
+            )
+            shared = job.shared if self._shares(job.shared, reused) else reused
+            generation.parts = [part for part in (job.tokens[reused:shared], job.tokens[shared:]) if part]
+        except Exception as error:
+            _logger.debug("a request could not begin", exc_info=True)
+            if slot is not None:
+                self.slots.clear(slot)
+            self._refuse(job, error)
+            return
+        slot.generation = generation
+        self.running.append(generation)
+        self._lanes.append(generation)
+
+    def _shares(self, n_tokens: int, reused: int) -> bool:
+        """Whether a prompt's beginning is worth a sequence of its own, from which later prompts begin.
+
+        Only where rows are evicted: what keeps all of them can begin another prompt anyway. And only when it is no
+        longer than what every layer keeps whole.
+        """
+        if not self.serving.context.kv_active or n_tokens - reused < LEAST_FORK:
+            return False
+        return len(self.slots.all) > self._turns.parallel and min(self.serving.rows(n_tokens)) >= n_tokens
+
+    def _end(self, generation: Generation, error: Exception | None = None) -> None:
+        """Take a request off its sequence, which keeps what it holds unless something went wrong."""
+        slot = generation.slot
+        self.running.remove(generation)
+        if generation in self._lanes:
+            self._lanes.remove(generation)
+        slot.generation = None
+        try:
+            if generation.reader is not None:
+                generation.reader.cancel()
+                self.slots.cut(slot, len(slot.tokens))
+            self.slots.measure(slot)
+        except ZigguratError as fault:
+            error = error or fault
+        event = FinishEvent(generation.finish(), generation.reason or "cancelled", generation.stats())
+        if error is not None or self._serving_for is not None:
+            self.slots.clear(slot)
+        self._inbox.end(generation.job, self._clock() - generation.started)
+        self._report(generation.job, event, error)
+
+    def _report(self, job: Job, event: FinishEvent, error: Exception | None) -> None:
+        counts, stats = self.counts, event.stats
+        if error is not None:
+            counts.failed += 1
+        elif event.reason == "cancelled":
+            counts.cancelled += 1
+        else:
+            counts.finished += 1
+        for name in ("generated_tokens", "drafted_tokens", "accepted_tokens", "evicted_rows"):
+            setattr(counts, name, getattr(counts, name) + getattr(stats, name))
+        if stats.kv_rows_per_layer:
+            counts.prompt_tokens += stats.prompt_tokens
+            counts.reused_tokens += stats.reused_tokens
+        self._inbox.end(job)
+        if error is None:
+            job.channel.push(event)
+        job.channel.end(None if error is None else _presentable(error))
+
+    # work
+
+    def _run_task(self) -> bool:
+        if not self._inbox.tasks:
+            return False
+        task = self._inbox.tasks[0]
+        if task.step():
+            self._inbox.tasks.popleft()
+        return True
+
+    def _read(self) -> bool:
+        """Read on, one piece at least, as long as those that decode can wait."""
+        waits = any(not generation.reading for generation in self.running)
+        limit = (self._turns.gap - 1) * self.decoding.step_time.seconds if waits and self.decoding else 0.0
+        begun = now = self._clock()
+        worked = False
+        while self._lanes and not self._inbox.closing:
+            before = now
+            generation = self._lanes.popleft()
+            self._lanes.append(generation)
+            self._advance(generation)
+            worked, now = True, self._clock()
+            if now - begun + (now - before) > limit:
+                return True
+        if self._drafting is not None and not worked:
+            worked = self._drafting.prepare(self.running)
+        return worked
+
+    def _advance(self, generation: Generation) -> None:
+        """Read a piece of a prompt; after its last one choose the first token."""
+        begun = self._clock()
+        try:
+            if generation.reader is None:
+                generation.reader = self._reader(generation)
+            finished = generation.reader.step()
+            generation.read_seconds += self._clock() - begun
+            if finished:
+                self._finish_part(generation, generation.reader)
+        except DecodeAborted:
+            self.serving.context.abort.clear()
+        except Exception as error:
+            self._end(generation, error)
+
+    def _reader(self, generation: Generation) -> Reader:
+        slot, context = generation.slot, self.serving.context
+        tokens = generation.parts[0]
+        if not context.kv_active:
+            return ChunkReader(context, self.serving.batch, slot.index, tokens, len(slot.tokens))
+        self.slots.set_budget(slot, self.serving.rows(len(slot.tokens) + len(tokens)))
+        return StepReader(context, slot.index, tokens)
+
+    def _finish_part(self, generation: Generation, reader: Reader) -> None:
+        slot = generation.slot
+        part = generation.parts.pop(0)
+        generation.reader = None
+        slot.tokens += part
+        self.slots.measure(slot)
+        self.prefill_rate.record(len(part), generation.read_seconds)
+        generation.read_seconds = 0.0
+        if generation.parts:
+            self.slots.keep_apart(slot)
+            return
+        self._lanes.remove(generation)
+        generation.prompt_read(self._rows(slot.index, len(slot.tokens)))
+        event = generation.choose(reader.output)
+        if event is not None:
+            generation.job.channel.push(event)
+        if generation.reason is not None:
+            self._end(generation)
+
+    def _rows(self, sequence: int, n_tokens: int) -> tuple[int, ...]:
+        """Return the rows in use in each layer."""
+        if self.serving.context.kv_active:
+            return self.serving.context.kv_rows(sequence)
+        return tuple(min(n_tokens, rows) for rows in self.serving.kv.rows_per_layer)
+
+    def _decode(self) -> bool:
+        generations = [generation for generation in self.running if not generation.reading]
+        if not generations or self._inbox.closing:
+            return False
+        assert self.decoding is not None
+        failed = self.decoding.step(generations)
+        for generation in generations:
+            error = failed.get(generation)
+            if error is not None or generation.reason is not None:
+                self._end(generation, error)
+        return True
+
+
+def _late(job: Job, now: float) -> bool:
+    return job.deadline is not None and now >= job.deadline
+
+
+def _timeout(job: Job, did: str) -> RequestTimeoutError:
+    return RequestTimeoutError(f"the request {did} longer than the {job.request.timeout_s:g} s that it had")
+
+
+def _presentable(error: Exception) -> ZigguratError:
+    if isinstance(error, ZigguratError):
+        return error
+    shown = EngineError(f"the engine failed on this request: {type(error).__name__}: {error}")
+    shown.__cause__ = error
+    return shown

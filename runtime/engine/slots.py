@@ -1,0 +1,145 @@
+"""The sequences of the context: what each holds, and the moves between them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ziggurat.runtime.bindings import Context
+from ziggurat.runtime.engine.reuse import LEAST_FORK, place, usable
+from ziggurat.runtime.errors import ContextError
+
+if TYPE_CHECKING:
+    from ziggurat.runtime.engine.admission import Job
+    from ziggurat.runtime.engine.generation import Generation
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Slot:
+    """A sequence. ``tokens`` are those whose rows are there or were evicted.
+
+    ``removable_from``: from this position on its end can be removed. ``rows`` it held and ``evicted`` ones it held no
+    more, per KV head over all layers, are as last measured. ``budgets`` are the rows per layer that its next selection
+    leaves, ``last_used`` grows with each use.
+    """
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    removable_from: int = 0
+    rows: int = 0
+    evicted: int = 0
+    conversation: str | None = None
+    last_used: int = 0
+    budgets: tuple[int, ...] = ()
+    generation: Generation | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request runs on it."""
+        return self.generation is not None
+
+    @property
+    def reading(self) -> bool:
+        """Whether a prompt is being read into it."""
+        return self.generation is not None and self.generation.reading
+
+
+class Slots:
+    """All sequences of one context; used in the engine's thread."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.all = tuple(Slot(index) for index in range(context.settings.n_seq_max))
+        self._time = 0
+
+    def prepare(self, job: Job) -> tuple[Slot, int]:
+        """Choose a sequence that is not busy and put it into the state a prompt continues from.
+
+        Returns it and the number of tokens that it has; a copy that the library refuses is read instead. Raises what
+        the library raises; there has to be a sequence that is not busy.
+        """
+        request = job.request
+        placement = place(job.tokens, self.all, conversation=request.conversation, reread=request.reread)
+        assert placement is not None, "the scheduler asks when there is a free sequence"
+        slot, reused = self.all[placement.slot], placement.reused
+        if placement.source is not None:
+            reused = self._copy(self.all[placement.source], slot, reused)
+        elif reused < len(slot.tokens):
+            self.cut(slot, reused)
+            reused = len(slot.tokens)
+        self.touch(slot)
+        slot.conversation = request.conversation
+        return slot, reused
+
+    def unread(self, job: Job) -> int:
+        """Return how many of a prompt's tokens no sequence has, as it stands now."""
+        reread = job.request.reread
+        return len(job.tokens) - max(usable(job.tokens, slot, reread=reread) for slot in self.all)
+
+    def touch(self, slot: Slot) -> None:
+        """It is used now."""
+        self._time += 1
+        slot.last_used = self._time
+
+    def cut(self, slot: Slot, n_tokens: int) -> None:
+        """Keep the first tokens of a sequence; none when the rows cannot be removed without the others."""
+        if n_tokens and self.context.remove(slot.index, n_tokens):
+            del slot.tokens[n_tokens:]
+        else:
+            self.clear(slot)
+
+    def clear(self, slot: Slot) -> None:
+        """Forget what a sequence holds."""
+        self.context.remove(slot.index)
+        slot.tokens = []
+        slot.removable_from = slot.rows = slot.evicted = 0
+        slot.conversation, slot.budgets = None, ()
+
+    def _copy(self, source: Slot, target: Slot, n_tokens: int) -> int:
+        end = -1 if n_tokens == len(source.tokens) else n_tokens
+        self.clear(target)
+        try:
+            self.context.copy(source.index, target.index, end)
+        except ContextError as error:
+            _logger.info("sequence %d is not copied: %s", source.index, error)
+            return 0
+        target.tokens = source.tokens[:n_tokens]
+        target.budgets = source.budgets
+        self.touch(source)
+        self.measure(target)
+        return n_tokens
+
+    def keep_apart(self, slot: Slot) -> None:
+        """Copy a sequence as it is into one that is free, so that later prompts can begin with it."""
+        if any(other.tokens == slot.tokens for other in self.all if other is not slot and not other.reading):
+            return
+        spare = [other for other in self.all if not other.busy and other is not slot]
+        if spare and len(slot.tokens) >= LEAST_FORK:
+            target = min(spare, key=lambda other: (bool(other.tokens), other.last_used))
+            self._copy(slot, target, len(slot.tokens))
+            self.touch(target)
+
+    def set_budget(self, slot: Slot, rows: Sequence[int]) -> None:
+        """Give a sequence the rows that its next selection leaves; no layer more than the context has for it."""
+        most = self.context.settings.kv
+        if not self.context.kv_active or most is None:
+            return
+        budgets = tuple(map(min, rows, most.rows))
+        if budgets != slot.budgets:
+            self.context.set_kv_budget(slot.index, budgets)
+            slot.budgets = budgets
+
+    def measure(self, slot: Slot) -> None:
+        """Ask the library what a sequence holds."""
+        context = self.context
+        if context.kv_active:
+            rows = context.kv_rows(slot.index)
+            slot.rows = sum(rows)
+            slot.evicted = len(slot.tokens) * len(rows) - slot.rows
+        else:
+            slot.rows = len(slot.tokens) * context.model.n_layer
+        slot.removable_from = context.removable_from(slot.index)

@@ -1,0 +1,114 @@
+"""The thread that owns the llama context, from loading the model to freeing it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from ziggurat.runtime.engine.admission import Inbox
+from ziggurat.runtime.engine.loader import EngineSettings, Loaded, load
+from ziggurat.runtime.engine.scheduler import Scheduler, Turns
+from ziggurat.runtime.engine.slots import Slots
+from ziggurat.runtime.errors import ConversationError, EngineClosedError, EngineError
+
+_logger = logging.getLogger(__name__)
+
+
+def start(
+    path: str | os.PathLike[str], settings: EngineSettings, progress: Callable[[float], None] | None
+) -> tuple[Worker, threading.Thread]:
+    """Load a model in a new thread, and leave it there serving.
+
+    Raises what ``load`` raises; the thread is gone then.
+    """
+    stop = threading.Event()
+
+    def proceed(fraction: float) -> bool:
+        if progress is not None:
+            progress(fraction)
+        return not stop.is_set()
+
+    ready: Future[Worker] = Future()
+    make = functools.partial(load, path, settings, proceed)
+    thread = threading.Thread(target=_run, args=(make, settings, ready), name="ziggurat-engine", daemon=True)
+    thread.start()
+    try:
+        return ready.result(), thread
+    except BaseException:  # Ctrl-C here, or the load's own error: the thread ends by itself either way
+        stop.set()
+        ready.add_done_callback(_close_unwanted)
+        thread.join()
+        raise
+
+
+def _close_unwanted(ready: Future[Worker]) -> None:
+    if not ready.exception():
+        ready.result().close()
+
+
+def _run(make: Callable[[], Loaded], settings: EngineSettings, ready: Future[Worker]) -> None:
+    try:
+        loaded = make()
+    except BaseException as error:
+        ready.set_exception(error)
+        return
+    try:
+        try:
+            worker = Worker(loaded, settings)
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(worker)
+        worker.serve()
+    finally:
+        loaded.model.close()
+
+
+class Worker:
+    """What the engine's thread does. Knows nothing of the engine, so that the engine can be let go of."""
+
+    def __init__(self, loaded: Loaded, settings: EngineSettings) -> None:
+        self.loaded = loaded
+        self.inbox = Inbox(settings.parallel + settings.queue_limit, settings.parallel)
+        self.one_shot = settings.one_shot
+        turns = Turns(loaded.info.n_ctx, settings.parallel, settings.lanes, settings.gap)
+        serving_for = loaded.contexts.for_prompt if settings.one_shot else None
+        self.scheduler = Scheduler(self.inbox, turns, serving_for=serving_for)
+        if not settings.one_shot:
+            self.scheduler.use(loaded.contexts.for_all())
+
+    @property
+    def shares(self) -> bool:
+        """Whether it is of use to know how much of a prompt others may begin with."""
+        return not self.one_shot and self.scheduler.serving.context.kv_active
+
+    def slots(self) -> Slots:
+        """Return the sequences. Raises ConversationError when nothing stays in them."""
+        if self.one_shot:
+            raise ConversationError("this engine is for single prompts and keeps no conversations")
+        return self.scheduler.slots
+
+    def serve(self) -> None:
+        """Work until the inbox closes; what is left then ends with EngineClosedError."""
+        end: Exception = EngineClosedError("the engine was closed before this request ended")
+        try:
+            while not self.inbox.closing:
+                try:
+                    if not self.scheduler.tick():
+                        self.inbox.wait()
+                except Exception as error:  # outside any one request: those that come next can be served
+                    _logger.exception("the engine failed")
+                    self.scheduler.give_up(error)
+        except Exception as error:
+            end = EngineError(f"the engine failed: {type(error).__name__}: {error}")
+        finally:
+            self.inbox.abandon(end)
+
+    def close(self) -> None:
+        """Have the thread end, and at once. From any thread."""
+        self.inbox.close()
+        self.scheduler.interrupt(None)

@@ -1,0 +1,139 @@
+"""Many requests at once on the real library, each against the same request alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ziggurat.runtime.budget import Budget
+from ziggurat.runtime.engine import FinishEvent, GenerationRequest, TokenEvent
+from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
+from ziggurat.runtime.errors import QueueFullError, RequestTimeoutError
+from ziggurat.runtime.kv_policy import KVPolicy
+from ziggurat.runtime.sampling import SamplingParams
+
+GREEDY = SamplingParams(temperature=0)
+POLICY = KVPolicy(Budget(rows=96), window=16, slack=32)
+
+
+def tokens(count: int, salt: int = 0) -> tuple[int, ...]:
+    return tuple(5 + (n * n + 7 * salt + n * salt) % 90 for n in range(count))
+
+
+def ask(prompt: tuple[int, ...], n: int = 12, **values: Any) -> GenerationRequest:
+    return GenerationRequest(tokens=prompt, max_tokens=n, **{"sampling": GREEDY, **values})
+
+
+def finish(engine: LlamaEngine, request: GenerationRequest) -> tuple[list[int], FinishEvent]:
+    *events, last = engine.stream(request)
+    assert isinstance(last, FinishEvent)
+    return [event.token for event in events if isinstance(event, TokenEvent)], last
+
+
+@pytest.fixture(params=["whole", "budget"])
+def kv(request: pytest.FixtureRequest) -> KVPolicy | None:
+    if request.param == "whole":
+        return None
+    request.getfixturevalue("budgets")
+    return POLICY
+
+
+@pytest.fixture
+def engine(spm_path: Path, kv: KVPolicy | None) -> Iterator[LlamaEngine]:
+    settings = EngineSettings(n_ctx=768, n_ubatch=64, threads=1, kv=kv, parallel=4, cached=1, queue_limit=20)
+    with LlamaEngine(spm_path, settings) as engine:
+        engine.load()
+        yield engine
+
+
+def test_eight_requests_get_what_each_gets_alone(engine: LlamaEngine) -> None:
+    requests = [ask(tokens(length, salt), 20) for salt, length in enumerate((300, 5, 90, 700, 1, 140, 260, 33))]
+    alone = [finish(engine, ask(request.tokens or (), 20, reread=True))[0] for request in requests]
+    streams = [engine.stream(request) for request in requests]
+    together = [[event.token for event in stream if isinstance(event, TokenEvent)] for stream in streams]
+    assert together == alone
+    stats = engine.stats()
+    assert (stats.finished, stats.running, stats.queued, stats.failed) == (16, 0, 0, 0)
+    assert stats.decode_tokens_per_second > 0 < stats.prefill_tokens_per_second
+    assert stats.kv_bytes <= stats.kv_bytes_allocated <= stats.kv_bytes_planned <= 1.05 * stats.kv_bytes_allocated
+
+
+def test_a_second_turn_reads_only_what_is_new(engine: LlamaEngine, kv: KVPolicy | None) -> None:
+    first = tokens(400)
+    answer, done = finish(engine, ask(first, conversation="a"))
+    assert done.stats.reused_tokens == 0
+    assert (done.stats.evicted_rows > 0) == (kv is not None)
+    second = (*first, *answer, *tokens(30, 3))
+    _, done = finish(engine, ask(second, conversation="a"))
+    assert done.stats.reused_tokens == 400 + len(answer) - 1  # the last one was chosen and never computed
+    again, done = finish(engine, ask(second, conversation="a", reread=True))
+    assert done.stats.reused_tokens == (len(second) - 1 if kv is None else 0)
+    assert again == finish(engine, ask(second, reread=True))[0]
+
+
+def test_another_question_about_the_same_text(engine: LlamaEngine, kv: KVPolicy | None) -> None:
+    """What was kept for one question does not serve another; where all is kept the text is not read again."""
+    text = tokens(400)
+    finish(engine, ask((*text, 7, 8, 9)))
+    answer, done = finish(engine, ask((*text, 20, 21)))
+    assert done.stats.reused_tokens == (400 if kv is None else 0)
+    assert answer == finish(engine, ask((*text, 20, 21), reread=True))[0]
+
+
+def test_a_short_text_serves_every_question(engine: LlamaEngine) -> None:
+    text = tokens(60)
+    finish(engine, ask((*text, 7, 8, 9), 4))
+    answer, done = finish(engine, ask((*text, 20, 21), 4))
+    assert done.stats.reused_tokens == 60
+    assert done.stats.evicted_rows == 0
+
+
+def test_requests_beyond_the_queue_are_refused(engine: LlamaEngine) -> None:
+    streams = [engine.stream(ask(tokens(300, salt), 50)) for salt in range(24)]
+    with pytest.raises(QueueFullError, match="20 requests are waiting") as refused:
+        engine.stream(ask(tokens(3)))
+    assert refused.value.retry_after_s > 0
+    assert engine.stats().refused == 1
+    for stream in streams:
+        stream.cancel()
+    ends = [list(stream)[-1] for stream in streams]
+    assert all(isinstance(end, FinishEvent) and end.reason == "cancelled" for end in ends)
+    assert finish(engine, ask(tokens(3), 2))[1].reason == "length"
+
+
+def test_a_request_that_takes_too_long_is_ended(engine: LlamaEngine) -> None:
+    endless = SamplingParams(temperature=0, ignore_eos=True)
+    with pytest.raises(RequestTimeoutError, match="longer than the 0.05 s"):
+        list(engine.stream(ask(tokens(300), 10**6, sampling=endless, timeout_s=0.05)))
+    assert finish(engine, ask(tokens(3), 2))[1].reason == "length"
+
+
+def test_cancelling_some_leaves_the_others_alone(engine: LlamaEngine) -> None:
+    wanted = finish(engine, ask(tokens(200, 1), 30, reread=True))[0]
+    stays = engine.stream(ask(tokens(200, 1), 30, reread=True))
+    others = [engine.stream(ask(tokens(500, salt), 200)) for salt in (2, 3, 4)]
+    next(iter(others[0]))
+    for other in others:
+        other.cancel()
+    assert [event.token for event in stays if isinstance(event, TokenEvent)] == wanted
+    assert [list(other)[-1].reason for other in others] == ["cancelled"] * 3  # type: ignore[union-attr]
+
+
+def test_many_threads_get_what_they_asked_for(engine: LlamaEngine) -> None:
+    prompts = [tokens(20 + 30 * salt, salt) for salt in range(8)]
+    wanted = [finish(engine, ask(prompt, 8, reread=True))[0] for prompt in prompts]
+    found: dict[int, list[int]] = {}
+
+    def call(place: int) -> None:
+        found[place] = finish(engine, ask(prompts[place], 8, reread=True))[0]
+
+    threads = [threading.Thread(target=call, args=(place,)) for place in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[place] for place in range(8)] == wanted
