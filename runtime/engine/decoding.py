@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from ziggurat.runtime.engine.contexts import Serving
+from ziggurat.runtime.engine.drafting import Drafting
 from ziggurat.runtime.engine.generation import Generation
 from ziggurat.runtime.engine.rates import Rate, Typical
+from ziggurat.runtime.engine.speculation import verified
 from ziggurat.runtime.errors import DecodeAborted, EngineError, ZigguratError
-
-if TYPE_CHECKING:
-    from ziggurat.runtime.engine.drafting import Drafting
 
 
 class Decoding:
@@ -91,22 +89,23 @@ class Decoding:
         slot.tokens.append(pending)
         generation.decode_steps += 1
         n_accepted = 0
-        for place in range(len(draft) + 1):
-            event = generation.choose(index + place)
-            if event is not None:
-                generation.job.channel.push(event)
-            if event is None or place == len(draft) or event.token != draft[place]:
-                break
-            n_accepted += 1
-            if generation.reason is not None:
-                break
-            slot.tokens.append(draft[place])
-        if draft:
-            generation.drafted += len(draft)
-            generation.accepted += n_accepted
-            assert self._drafting is not None
+        for place, token in enumerate(verified(draft, lambda place: self._choose(generation, index + place))):
+            if place < len(draft) and token == draft[place]:
+                slot.tokens.append(token)
+                n_accepted += 1
+        generation.drafted += len(draft)
+        generation.accepted += n_accepted
+        if self._drafting is not None:
             self._drafting.judged(generation, len(draft), n_accepted)
-            self._keep(generation, n_rows)
+        self._keep(generation, n_rows)
+
+    def _choose(self, generation: Generation, index: int) -> int | None:
+        """Choose a token and push it; None when it was the last, or none."""
+        event = generation.choose(index)
+        if event is None:
+            return None
+        generation.job.channel.push(event)
+        return event.token if generation.reason is None else None
 
     def _keep(self, generation: Generation, n_rows: int) -> None:
         """Remove the rows beyond the tokens that the sequence has."""

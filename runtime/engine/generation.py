@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ziggurat.runtime.bindings import Context
 from ziggurat.runtime.engine.admission import Job
-from ziggurat.runtime.engine.prefill import Reader
+from ziggurat.runtime.engine.prefill import PromptReader
 from ziggurat.runtime.engine.protocol import FinishReason, GenerationStats, TokenEvent
 from ziggurat.runtime.engine.slots import Slot
 from ziggurat.runtime.engine.text import TextAssembler
@@ -43,10 +43,11 @@ class Generation:
         self, job: Job, slot: Slot, reused: int, *, context: Context, kv: KVFigures, clock: Callable[[], float]
     ) -> None:
         self.job, self.slot = job, slot
+        self.seen = list(job.tokens)  # and what was generated
         self.reason: FinishReason | None = None
         self.pending: int | None = None
         self.parts: list[list[int]] = []
-        self.reader: Reader | None = None
+        self.reader: PromptReader | None = None
         self.read_seconds = 0.0  # of the piece of the prompt that is being read
         self.n_generated = self.decode_steps = self.drafted = self.accepted = 0
         self._reused = reused
@@ -94,6 +95,7 @@ class Generation:
             return None
         self.n_generated += 1
         self.pending = token
+        self.seen.append(token)
         text = self._text.feed(self._vocab.piece(token))
         if self._text.stopped:
             self.reason = "stop"

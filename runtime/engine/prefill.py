@@ -6,27 +6,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ziggurat.runtime.bindings import Batch, Context
+from ziggurat.runtime.engine.speculation import Reader
 
 
-class Reader(Protocol):
+class PromptReader(Reader, Protocol):
     """Reads tokens into a sequence. What it raises is what ``Context.decode`` does."""
 
     @property
     def output(self) -> int:
         """Where the logits after the last token are, once it is read."""
-        ...
-
-    @property
-    def progress(self) -> float:
-        """The part of its work that is done, 0.0 to 1.0."""
-        ...
-
-    def step(self) -> bool:
-        """Do a piece of work; True when it was the last."""
-        ...
-
-    def cancel(self) -> None:
-        """Give it up; the sequence is then the caller's to clear. Idempotent."""
         ...
 
 

@@ -14,21 +14,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ziggurat.runtime.engine.admission import Inbox, Job
 from ziggurat.runtime.engine.contexts import Serving
 from ziggurat.runtime.engine.decoding import Decoding
+from ziggurat.runtime.engine.drafting import Drafting
 from ziggurat.runtime.engine.generation import Generation, not_begun
-from ziggurat.runtime.engine.prefill import ChunkReader, Reader, StepReader
+from ziggurat.runtime.engine.prefill import ChunkReader, PromptReader, StepReader
 from ziggurat.runtime.engine.protocol import FinishEvent
 from ziggurat.runtime.engine.rates import Rate
 from ziggurat.runtime.engine.reuse import LEAST_FORK
 from ziggurat.runtime.engine.slots import Slots
 from ziggurat.runtime.errors import DecodeAborted, EngineError, RequestTimeoutError, ZigguratError
-
-if TYPE_CHECKING:
-    from ziggurat.runtime.engine.drafting import Drafting
 
 _logger = logging.getLogger(__name__)
 
@@ -192,6 +189,8 @@ class Scheduler:
         if generation in self._lanes:
             self._lanes.remove(generation)
         slot.generation = None
+        if self._drafting is not None:
+            self._drafting.forget(generation)
         try:
             if generation.reader is not None:
                 generation.reader.cancel()
@@ -248,7 +247,7 @@ class Scheduler:
             if now - begun + (now - before) > limit:
                 return True
         if self._drafting is not None and not worked:
-            worked = self._drafting.prepare(self.running)
+            worked = self._drafting.prepare()
         return worked
 
     def _advance(self, generation: Generation) -> None:
@@ -266,7 +265,7 @@ class Scheduler:
         except Exception as error:
             self._end(generation, error)
 
-    def _reader(self, generation: Generation) -> Reader:
+    def _reader(self, generation: Generation) -> PromptReader:
         slot, context = generation.slot, self.serving.context
         tokens = generation.parts[0]
         if not context.kv_active:
@@ -274,7 +273,7 @@ class Scheduler:
         self.slots.set_budget(slot, self.serving.rows(len(slot.tokens) + len(tokens)))
         return StepReader(context, slot.index, tokens)
 
-    def _finish_part(self, generation: Generation, reader: Reader) -> None:
+    def _finish_part(self, generation: Generation, reader: PromptReader) -> None:
         slot = generation.slot
         part = generation.parts.pop(0)
         generation.reader = None
