@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ziggurat.runtime.errors import InvalidRequestError
-from ziggurat.runtime.options import context_options, kv_options
+from ziggurat.runtime.options import adapter_options, context_options, kv_options
 
 if TYPE_CHECKING:
     from ziggurat.runtime.plan import MemoryPlan, Planner
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf|CONFIG")
+@adapter_options
 @context_options
 @kv_options
 @click.option(
@@ -48,6 +49,7 @@ def plan(model: Path, **options: Any) -> int:
     from ziggurat.runtime.bindings import ContextSettings
     from ziggurat.runtime.engine.loader import DEFAULT_CTX
     from ziggurat.runtime.kv_policy import policy_of
+    from ziggurat.runtime.lora import LoraAdapter
     from ziggurat.runtime.plan import open_planner
     from ziggurat.runtime.plan.machine import this_machine
     from ziggurat.runtime.sizes import parse_bytes
@@ -62,6 +64,7 @@ def plan(model: Path, **options: Any) -> int:
         file_type=options["type_name"],
         ask_library=not options["estimate"],
         policy=policy,
+        loras=tuple(map(LoraAdapter.parse, options["loras"])),
     ) as planner:
         settings = ContextSettings(
             n_ctx=options["ctx"] or min(planner.model.n_ctx_train or DEFAULT_CTX, DEFAULT_CTX),
@@ -127,9 +130,12 @@ def _show(report: dict[str, Any]) -> None:
     several = len(devices) > 1
     for column in ("", *(device["device"] for device in devices), *(["total"] if several else [])):
         table.add_column(column, justify="right" if column else "left")
-    rows = {"weights": "weights", "KV rows": "context", "compute": "compute", "logits": "output", "total": "total"}
+    rows = {"weights": "weights", "adapters": "adapters", "KV rows": "context", "compute": "compute"}
+    rows |= {"logits": "output", "total": "total"}
     for label, key in rows.items():
         sizes = [device[key] for device in devices]
+        if key == "adapters" and not sum(sizes):
+            continue
         table.add_row(label, *(human_bytes(size) for size in [*sizes, *([sum(sizes)] if several else [])]))
     console.print(table)
     for line in _remarks(planned):

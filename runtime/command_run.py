@@ -12,7 +12,7 @@ import click
 
 from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
 from ziggurat.runtime.files import check_target, write_atomic
-from ziggurat.runtime.options import SectionedCommand, context_options, device_options, kv_options
+from ziggurat.runtime.options import SectionedCommand, adapter_options, context_options, device_options, kv_options
 from ziggurat.runtime.sampling_options import sampling_of, sampling_options
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ _CONTROLS = dict.fromkeys([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, *
     " never is).",
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@adapter_options
 @context_options
 @kv_options
 @sampling_options
@@ -54,6 +55,7 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     """
     from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
     from ziggurat.runtime.kv_policy import not_used, policy_of
+    from ziggurat.runtime.lora import LoraAdapter
 
     policy = policy_of(options)
     if options["verbose"]:
@@ -73,6 +75,7 @@ def run(model: Path, prompt: str, **options: Any) -> int:
         gpu_layers=options["gpu_layers"],
         kv=policy,
         one_shot=True,
+        loras=tuple(map(LoraAdapter.parse, options["loras"])),
     )
     with LlamaEngine(model, settings) as engine:
         info = engine.load()

@@ -37,6 +37,10 @@ class ModelLoadError(ZigguratError):
     """The library refused a model; the message carries its reason."""
 
 
+class AdapterError(ZigguratError):
+    """A LoRA adapter is of another model, or the library refused it; the message carries its reason."""
+
+
 class StateFileError(ZigguratError):
     """A saved sequence is missing, damaged, or of a version that this build does not read."""
 

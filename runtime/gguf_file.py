@@ -13,7 +13,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ziggurat.runtime.errors import ModelFileError
@@ -58,6 +58,7 @@ class GGUFFile:
     """Metadata and tensor table of one GGUF file, or of all parts of a split one.
 
     ``n_bytes`` is the size on disk, all parts together. ``data_offset`` is where the data section of the first begins.
+    ``kinds`` are the fields' value types as the format numbers them (6 is a float of 32 bits).
     """
 
     path: Path
@@ -66,6 +67,7 @@ class GGUFFile:
     tensors: tuple[TensorInfo, ...]
     n_bytes: int
     data_offset: int
+    kinds: Mapping[str, int] = field(default_factory=dict)
 
     def scalar(self, key: str) -> Scalar | None:
         """Return a scalar field, or None if it is absent or an array."""
@@ -87,16 +89,16 @@ class GGUFFile:
 
         Raises ModelFileError for nested arrays and for a file that changed since it was opened.
         """
-        field = self.fields.get(key)
-        if not isinstance(field, ArrayField):
+        found = self.fields.get(key)
+        if not isinstance(found, ArrayField):
             return None
         with _mapped(self.path) as data:
-            cursor = _Cursor(data, self.path, field.offset)
-            if field.element_type == _ARRAY:
+            cursor = _Cursor(data, self.path, found.offset)
+            if found.element_type == _ARRAY:
                 raise ModelFileError(f"{self.path}: {key} is an array of arrays, which no known model has")
-            if field.element_type == _STRING:
-                return [cursor.string() for _ in range(field.length)]
-            return list(cursor.numbers(_SCALARS[field.element_type], field.length))
+            if found.element_type == _STRING:
+                return [cursor.string() for _ in range(found.length)]
+            return list(cursor.numbers(_SCALARS[found.element_type], found.length))
 
     @property
     def architecture(self) -> str:
@@ -174,11 +176,13 @@ def _read_one(path: Path) -> GGUFFile:
             raise ModelFileError(f"{path}: {why}, this build reads versions 2 and 3, little-endian")
         n_tensors, n_fields = cursor.number("Q"), cursor.number("Q")
         fields: dict[str, Scalar | ArrayField] = {}
+        kinds: dict[str, int] = {}
         for _ in range(n_fields):
             key = cursor.string()
             if key in fields:
                 raise ModelFileError(f"{path}: metadata key {key} appears twice; the file is damaged")
-            fields[key] = cursor.value(cursor.number("I"))
+            kinds[key] = cursor.number("I")
+            fields[key] = cursor.value(kinds[key])
         rows = [_tensor_row(cursor) for _ in range(n_tensors)]
         alignment = fields.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -189,7 +193,7 @@ def _read_one(path: Path) -> GGUFFile:
             raise ModelFileError(
                 f"{path}: truncated, its tensors need {end} bytes and it has {len(data)}; download or convert it again"
             )
-        return GGUFFile(path, version, fields, tuple(rows), len(data), start)
+        return GGUFFile(path, version, fields, tuple(rows), len(data), start, kinds)
 
 
 def _tensor_row(cursor: _Cursor) -> TensorInfo:

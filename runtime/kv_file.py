@@ -73,6 +73,8 @@ def _identity(context: Context, model: str) -> dict[str, Any]:
         raise InvalidRequestError("this context has no KV budget, and only sequences with one are saved")
     return {
         "model": model,
+        # those of scale 0 change nothing, and neither does the order
+        "set of LoRA adapters": sorted([lora.name, lora.scale] for lora in context.loras if lora.scale),
         "type of K": settings.type_k,
         "type of V": settings.type_v,
         # more rows than the context has mean all

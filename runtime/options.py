@@ -141,6 +141,17 @@ device_options = option_group(
 )
 
 
+adapter_options = option_group(
+    click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="FILE[=SCALE]",
+        help="A LoRA adapter (GGUF) to apply to the model, by a factor or not; may be repeated.",
+    ),
+)
+
+
 def parse_counts(text: str, option: str) -> list[int]:
     """Return ascending whole numbers of a list such as "512,2k". Raises InvalidRequestError naming the option."""
     counts = set()

@@ -1,10 +1,10 @@
 """The only room that touches llama.cpp's C API: typed, documented, and safe to call from Python.
 
-``library`` finds and probes it, ``model`` and ``vocab`` hold weights and tokens, ``context`` and ``batch`` decode,
-``kv`` bounds the rows that stay, ``kv_state`` saves them, ``sampler`` chooses a token, from ``candidates`` where a
-``grammar`` bounds them, ``memory`` and ``simulation`` say what is or would be allocated, ``log`` turns its log into
-reasons, ``abort`` stops it. Everything that would make the library abort the process (a token id out of range, logits
-never computed, an oversized batch) is an exception here.
+``library`` finds and probes it, ``model`` and ``vocab`` hold weights and tokens, ``lora`` adapts them, ``context`` and
+``batch`` decode, ``kv`` bounds the rows that stay, ``kv_state`` saves them, ``sampler`` chooses a token, from
+``candidates`` where a ``grammar`` bounds them, ``memory`` and ``simulation`` say what is or would be allocated,
+``log`` turns its log into reasons, ``abort`` stops it. Everything that would make the library abort the process (a
+token id out of range, logits never computed, an oversized batch) is an exception here.
 """
 
 from ziggurat.runtime.bindings.abort import AbortFlag

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from ziggurat.runtime.bindings import kv, library
+from ziggurat.runtime.bindings import kv, library, lora
 from ziggurat.runtime.bindings.abort import AbortFlag
 from ziggurat.runtime.bindings.batch import Batch
 from ziggurat.runtime.bindings.context_settings import ContextSettings, fill
@@ -23,7 +23,8 @@ class Context:
     """The KV cache of ``n_seq_max`` sequences of one model. One thread at a time may use it.
 
     ``abort`` may be set from any other thread: the batch being computed ends with DecodeAborted (on the CPU within a
-    graph node, on a GPU after the batch). ``log_lines`` are what the library reported while making it.
+    graph node, on a GPU after the batch). ``log_lines`` are what the library reported while making it, ``loras`` the
+    model's adapters at that time, which are applied to all that it computes.
     """
 
     def __init__(self, model: Model, settings: ContextSettings) -> None:
@@ -47,6 +48,8 @@ class Context:
         self._outputs: frozenset[int] = frozenset()
         cache = kv.Cache(handle, model.n_layer) if settings.kv is not None else None
         self._cache = cache if cache is not None and cache.active else None
+        self.loras = model.loras
+        lora.attach(handle, self.loras)
         model.register(self)
 
     @property

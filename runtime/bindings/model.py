@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ziggurat.runtime.bindings import library
+from ziggurat.runtime.bindings import library, lora
 from ziggurat.runtime.bindings.log import reason
 from ziggurat.runtime.bindings.vocab import Vocab
 from ziggurat.runtime.errors import EngineClosedError, ModelLoadError
@@ -64,6 +64,8 @@ class Model:
         # Finalizers run at exit in reverse order of creation, so contexts go before their model there too.
         self._free = weakref.finalize(self, lib.llama_model_free, handle)
         self.vocab = Vocab(lib.llama_model_get_vocab(handle))
+        #: LoRA adapters of every context that is made from now on.
+        self.loras: tuple[lora.Lora, ...] = ()
 
     @property
     def handle(self) -> Any:
@@ -76,8 +78,18 @@ class Model:
         """Remember a context made from this model, so that ``close`` can free it first."""
         self._contexts.add(context)
 
+    def add_lora(self, path: str | os.PathLike[str], scale: float, name: str) -> lora.Lora:
+        """Load a LoRA adapter for the contexts that are made from now on; those made before stay as they are.
+
+        See ``Lora`` for the arguments. It is freed with the model. Raises AdapterError with the library's reason. The
+        file has to have been checked (``runtime.lora``): there are adapters that the library does not survive.
+        """
+        added = lora.Lora(os.fspath(path), scale, name, lora.load(self.handle, path))
+        self.loras = (*self.loras, added)
+        return added
+
     def close(self) -> None:
-        """Free the contexts and the weights. Idempotent."""
+        """Free the contexts, the adapters and the weights. Idempotent."""
         for context in list(self._contexts):
             context.close()
         self._free()

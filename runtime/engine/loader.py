@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ziggurat.runtime import plan
@@ -25,6 +25,7 @@ from ziggurat.runtime.errors import InvalidRequestError, MemoryShortageError, Un
 from ziggurat.runtime.gguf_file import GGUFFile, read_gguf
 from ziggurat.runtime.hardware import default_threads
 from ziggurat.runtime.kv_policy import KVPolicy
+from ziggurat.runtime.lora import LoraAdapter, add_adapters, read_adapters
 from ziggurat.runtime.model_hash import model_hash
 from ziggurat.runtime.plan.machine import impossible, shortage, this_machine
 
@@ -52,7 +53,8 @@ class EngineSettings:
     ``parallel`` requests run at a time, and ``cached`` sequences beside theirs hold what earlier ones left, to be
     continued or begun with; ``queue_limit`` more requests may wait. While prompts are read, the time between two tokens
     of the others may be ``gap`` times what it is undisturbed, and one piece of reading. ``one_shot`` is for single
-    prompts: the cache is made for each one's length, and nothing of it is used again.
+    prompts: the cache is made for each one's length, and nothing of it is used again. ``loras`` are adapters that are
+    applied to all that is computed.
     """
 
     n_ctx: int | None = None
@@ -69,6 +71,7 @@ class EngineSettings:
     queue_limit: int = 64
     gap: float = 3.0
     one_shot: bool = False
+    loras: tuple[LoraAdapter, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "n_batch", "n_ubatch", "threads", "parallel"):
@@ -117,10 +120,11 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
     What is short of memory is logged as a warning before anything is loaded, and refused when it can never fit. A model
     that cannot have the KV budget asked for is loaded without; ``ModelInfo.kv_unsupported`` says why.
 
-    Raises ModelFileError, MemoryShortageError, ModelLoadError, UnsupportedError, ContextError, TemplateError,
-    LibraryError; nothing stays allocated then.
+    Raises ModelFileError, AdapterError, MemoryShortageError, ModelLoadError, UnsupportedError, ContextError,
+    TemplateError, LibraryError; nothing stays allocated then.
     """
     file = read_gguf(path)
+    adapters = read_adapters(settings.loras, file)
     shape = _shape(file)
     if shape is not None:
         plan.check_cache_types(shape, settings.type_k, settings.type_v)
@@ -129,7 +133,7 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
         # with one shot every prompt begins with an empty cache
         kv_policy = replace(settings.kv, reading=settings.lanes, copies=0 if settings.one_shot else None)
         settings = replace(settings, kv=kv_policy)
-    expected = _check_memory(file, settings)
+    expected = _check_memory(file, settings, adapters)
     model = Model(path, gpu_layers=settings.gpu_layers, progress=proceed)
     try:
         if not model.generates_text:
@@ -141,11 +145,12 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
             _logger.info("%s: no KV budget: %s", os.fspath(path), unsupported)
             settings = replace(settings, kv=None)
             if expected.budget is not None:  # what the metadata tells was not all
-                expected = _check_memory(file, settings)
+                expected = _check_memory(file, settings, adapters)
+        adapted = add_adapters(model, settings.loras)
         n_ctx = _n_ctx(settings, model.n_ctx_train)
         info = ModelInfo(
             path=os.fspath(path),
-            description=model.description,
+            description=model.description + adapted,
             n_params=model.n_params,
             n_bytes=model.n_bytes,
             n_vocab=model.vocab.n_tokens,
@@ -167,14 +172,14 @@ def _n_ctx(settings: EngineSettings, n_ctx_train: int) -> int:
     return settings.n_ctx or min(n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
 
 
-def _check_memory(file: GGUFFile, settings: EngineSettings) -> plan.MemoryPlan:
+def _check_memory(file: GGUFFile, settings: EngineSettings, adapters: Sequence[GGUFFile]) -> plan.MemoryPlan:
     """Compare the plan, for a prompt as long as the context, with the machine, and return it.
 
     By arithmetic first; when that comes near to what is free, the library is asked, which takes as long as reading the
     vocabulary. (In this process: on a file that it aborts on, it would abort a moment later anyway.) A GPU that is
     short of memory is never refused here: the library says best what is wrong.
     """
-    model = plan.outline(file)
+    model = replace(plan.outline(file), adapters=sum(adapter.weights_bytes for adapter in adapters))
     free = [device.memory_free for device in devices() if device.kind == "gpu"] if supports_gpu_offload() else []
     every_layer = len(model.weights.layers) + 1
     gpu_layers = every_layer if settings.gpu_layers is None else settings.gpu_layers

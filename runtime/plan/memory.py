@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ class DeviceMemory:
     """What one device holds, in bytes. ``context`` are KV rows, ``output`` the logits that are read back.
 
     ``repacked`` of the weights are held by the CPU in an order of its own, in memory and not mapped from the file; only
-    the library knows which, so it is 0 in a plan that was not made by asking it.
+    the library knows which, so it is 0 in a plan that was not made by asking it. ``adapters`` lie beside the weights
+    that they change, in memory.
     """
 
     device: str
@@ -36,11 +37,12 @@ class DeviceMemory:
     compute: int = 0
     output: int = 0
     repacked: int = 0
+    adapters: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.context + self.compute + self.output
+        return self.weights + self.adapters + self.context + self.compute + self.output
 
     @property
     def fixed(self) -> int:
@@ -72,6 +74,11 @@ class MemoryPlan:
     def weights(self) -> int:
         """Bytes of weights on all devices."""
         return sum(device.weights for device in self.devices)
+
+    @property
+    def adapters(self) -> int:
+        """Bytes of LoRA adapters on all devices."""
+        return sum(device.adapters for device in self.devices)
 
     @property
     def context(self) -> int:
@@ -116,6 +123,7 @@ class MemoryPlan:
             "flash_attention": settings.flash_attention,
             "weights_bytes": self.weights,
             "weights_exact": self.weights_exact,
+            "adapters_bytes": self.adapters,
             "kv_bytes": self.context,
             "kv_bytes_per_layer": list(self.kv_per_layer),
             "kv_exact": self.kv_exact,
@@ -174,7 +182,7 @@ def plan_memory(model: Outline, settings: ContextSettings, *, gpu_layers: int = 
     return MemoryPlan(
         path=model.path,
         settings=settings,
-        devices=tuple(devices),
+        devices=_with_adapters(devices, model.adapters),
         kv_per_layer=per_layer,
         kv_exact=model.kv is None or model.kv.exact,
         weights_exact=model.weights.exact,
@@ -203,13 +211,21 @@ def measured_plan(model: Outline, settings: ContextSettings, buffers: Iterable[B
     return MemoryPlan(
         path=model.path,
         settings=settings,
-        devices=tuple(devices),
+        devices=_with_adapters(devices, model.adapters),
         kv_per_layer=per_layer,
         kv_exact=0 <= context - known <= padding,
         weights_exact=True,
         measured=True,
         budget=budget,
     )
+
+
+def _with_adapters(devices: Sequence[DeviceMemory], size: int) -> tuple[DeviceMemory, ...]:
+    """Add adapters to each device by its part of the weights that they change, about; the rest to the last one."""
+    whole = sum(device.weights for device in devices) or 1
+    parts = [size * device.weights // whole for device in devices]
+    parts[-1] += size - sum(parts)
+    return tuple(dataclasses.replace(device, adapters=part) for device, part in zip(devices, parts, strict=True))
 
 
 def _budget(

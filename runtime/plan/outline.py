@@ -40,7 +40,8 @@ class Outline:
     """A model as the planner sees it.
 
     ``n_ff`` is the width of the feed-forward part that one token passes: with experts, those used together. ``kv`` is
-    None for models without attention. ``n_ctx_train`` is 0 where it is not known.
+    None for models without attention. ``n_ctx_train`` is 0 where it is not known. ``adapters`` are the bytes of LoRA
+    adapters that are loaded with the model.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Outline:
     n_ctx_train: int
     kv: KVShape | None
     weights: Weights
+    adapters: int = 0
 
 
 def outline(model: GGUFFile) -> Outline:

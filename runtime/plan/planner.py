@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ziggurat.runtime.bindings import ContextSettings, Simulation, can_measure, supports_gpu_offload
 from ziggurat.runtime.bindings.kv import available as kv_budgets_available
+from ziggurat.runtime.errors import UnsupportedError
 from ziggurat.runtime.gguf_file import read_gguf
 from ziggurat.runtime.kv_policy import KVPolicy
+from ziggurat.runtime.lora import LoraAdapter, read_adapters
 from ziggurat.runtime.plan import fit
 from ziggurat.runtime.plan.checkpoint import checkpoint_outline
 from ziggurat.runtime.plan.kv import padded
@@ -78,20 +80,25 @@ def open_planner(
     file_type: str | None = None,
     ask_library: bool = True,
     policy: KVPolicy | None = None,
+    loras: Sequence[LoraAdapter] = (),
 ) -> Iterator[Planner]:
     """Open a GGUF file, or a checkpoint's folder or ``config.json``, for planning.
 
     ``gpu_layers`` None: all if the library has a GPU; without asking the library, none. ``file_type`` is what a
-    checkpoint will be converted to (default ``DEFAULT_FILE_TYPE``). ``policy``: as for Planner. The library is asked
-    about GGUF files if it is installed and patched. Raises what reading the file raises, ModelLoadError when the
-    library does not take it.
+    checkpoint will be converted to (default ``DEFAULT_FILE_TYPE``). ``policy``: as for Planner. ``loras`` are adapters
+    of a GGUF file. The library is asked about GGUF files if it is installed and patched. Raises what reading the files
+    raises, ModelLoadError when the library does not take the model, UnsupportedError for a checkpoint with adapters.
     """
     path = Path(path)
     if path.is_dir() or path.suffix == ".json":
+        if loras:
+            raise UnsupportedError(f"{path}: adapters are planned with GGUF files; convert the model first")
         model = checkpoint_outline(path, file_type or DEFAULT_FILE_TYPE)
         yield Planner(model, gpu_layers=gpu_layers or 0, policy=policy)
         return
-    model = outline(read_gguf(path))
+    file = read_gguf(path)
+    adapters = read_adapters(loras, file)
+    model = dataclasses.replace(outline(file), adapters=sum(adapter.weights_bytes for adapter in adapters))
     if ask_library and can_measure():
         layers = _default_gpu_layers(model) if gpu_layers is None else gpu_layers
         with Simulation(path, gpu_layers=gpu_layers) as simulation:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers import tiny_models
+from helpers.command import Ziggurat
 from helpers.kv_library import BudgetModel
 from helpers.kv_models import Models
 from ziggurat.runtime.bindings import Model, kv
@@ -56,6 +57,12 @@ def engine(spm_path: Path) -> Iterator[LlamaEngine]:
     with LlamaEngine(spm_path, EngineSettings(n_ctx=512, threads=1)) as engine:
         engine.load()
         yield engine
+
+
+@pytest.fixture
+def ziggurat(capsys: pytest.CaptureFixture[str]) -> Ziggurat:
+    """The command, in this process."""
+    return Ziggurat(capsys)
 
 
 @pytest.fixture(scope="session")

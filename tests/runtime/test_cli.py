@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 
+from helpers.command import Ziggurat
 from helpers.fake_engine import FakeEngine
 from ziggurat.runtime import cli, command_run
 from ziggurat.runtime.bindings import kv
@@ -34,35 +35,6 @@ CONTRACT_STATS = {
     "kv_rows_per_layer",
     "evicted_rows",
 }
-
-
-class Ziggurat:
-    """Runs the command in this process, on one thread, and keeps what it wrote."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        if arguments[0] == "run" and "--threads" not in arguments:
-            arguments = (*arguments, "--threads", 1)
-        code = cli.run_command(cli.ziggurat, "ziggurat", [str(argument) for argument in arguments])
-        out, err = self._capsys.readouterr()
-        return code, out, err
-
-    def fails(self, *arguments: object, code: int | None = None) -> str:
-        """Run a command that must fail, check the form of its error, and return the message."""
-        got, out, err = self(*arguments)
-        assert got != 0 if code is None else got == code, err
-        lines = err.strip().splitlines()
-        assert out == ""
-        assert len(lines) == 1
-        assert lines[0].startswith("ziggurat: error: ")
-        return lines[0]
-
-
-@pytest.fixture
-def ziggurat(capsys: pytest.CaptureFixture[str]) -> Ziggurat:
-    return Ziggurat(capsys)
 
 
 def child(*arguments: object, **options: Any) -> subprocess.Popen[str]:
