@@ -12,7 +12,14 @@ import click
 
 from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
 from ziggurat.runtime.files import check_target, write_atomic
-from ziggurat.runtime.options import SectionedCommand, adapter_options, context_options, device_options, kv_options
+from ziggurat.runtime.options import (
+    SectionedCommand,
+    adapter_options,
+    context_options,
+    device_options,
+    kv_options,
+    speculation_options,
+)
 from ziggurat.runtime.sampling_options import sampling_of, sampling_options
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ _CONTROLS = dict.fromkeys([*range(0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, *
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @adapter_options
+@speculation_options
 @context_options
 @kv_options
 @sampling_options
@@ -75,6 +83,9 @@ def run(model: Path, prompt: str, **options: Any) -> int:
         gpu_layers=options["gpu_layers"],
         kv=policy,
         one_shot=True,
+        draft_model=options["draft_model"],
+        draft_max=options["draft_max"],
+        prompt_lookup=options["prompt_lookup"],
         loras=tuple(map(LoraAdapter.parse, options["loras"])),
     )
     with LlamaEngine(model, settings) as engine:

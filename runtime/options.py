@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -161,3 +162,27 @@ def parse_counts(text: str, option: str) -> list[int]:
             raise InvalidRequestError(f"{option} {text}: give numbers with commas between, such as 512,2k")
         counts.add(int(match[1]) * (1024 if match[2] else 1))
     return sorted(counts)
+
+
+speculation_options = option_group(
+    click.option(
+        "--draft-model",
+        type=click.Path(path_type=Path),
+        metavar="FILE.gguf",
+        help="A small model of the same vocabulary that proposes tokens, such as a pruned conversion of the same one.",
+    ),
+    click.option(
+        "--draft-max",
+        type=click.IntRange(1, 15),
+        default=8,
+        show_default=True,
+        metavar="N",
+        help="Tokens proposed at a time.",
+    ),
+    click.option(
+        "--prompt-lookup",
+        is_flag=True,
+        help="Propose what followed the last tokens when they occurred before.",
+    ),
+    title="Speculation",
+)

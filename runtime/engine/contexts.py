@@ -31,18 +31,27 @@ class Serving:
 class Contexts:
     """Makes contexts for one model.
 
-    ``shape`` is None for models without attention. Raises what making a context raises. The model frees what is left.
+    ``shape`` is None for models without attention. At most ``step`` tokens of a sequence are decoded at a time. Raises
+    what making a context raises. The model frees what is left.
     """
 
     def __init__(
-        self, model: Model, shape: plan.KVShape | None, settings: ContextSettings, policy: KVPolicy | None
+        self,
+        model: Model,
+        shape: plan.KVShape | None,
+        settings: ContextSettings,
+        policy: KVPolicy | None,
+        *,
+        step: int = 1,
     ) -> None:
-        self._model, self._shape, self._settings, self._policy = model, shape, settings, policy
+        self._model, self._shape = model, shape
+        self.settings, self.policy = settings, policy
+        self._step = step
         self._serving: Serving | None = None
 
     def for_prompt(self, n_tokens: int) -> Serving:
         """Return a context for one prompt of so many tokens; the one returned before is closed if it is another."""
-        rows = None if self._policy is None else self._policy.rows(self._model.n_layer, self._settings.n_ctx, n_tokens)
+        rows = None if self.policy is None else self.policy.rows(self._model.n_layer, self.settings.n_ctx, n_tokens)
         settings = self._with_rows(rows)
         if self._serving is None or self._serving.context.settings != settings:
             if self._serving is not None:
@@ -53,28 +62,29 @@ class Contexts:
 
     def for_all(self) -> Serving:
         """Return the context for prompts of any length up to the context's."""
-        return self._make(self._with_rows(None if self._policy is None else self._most()))
+        return self._make(self._with_rows(None if self.policy is None else self._most()))
 
     def _most(self) -> tuple[int, ...]:
-        assert self._policy is not None
-        return self._policy.most_rows(self._model.n_layer, self._settings.n_ctx)
+        assert self.policy is not None
+        return self.policy.most_rows(self._model.n_layer, self.settings.n_ctx)
 
     def _with_rows(self, rows: tuple[int, ...] | None) -> ContextSettings:
-        if rows is None or self._policy is None:
-            return self._settings
-        return dataclasses.replace(self._settings, kv=self._policy.settings(rows))
+        if rows is None or self.policy is None:
+            return self.settings
+        return dataclasses.replace(self.settings, kv=self.policy.settings(rows))
 
     def _make(self, settings: ContextSettings) -> Serving:
         context = Context(self._model, settings)
+        context.set_step(self._step)
         kv, layout = self._figures(context), context.kv_layout()
         kept = layout.kept_bytes if layout is not None else kv.full * settings.n_seq_max
         allocated = layout.total_bytes if layout is not None else kept
         return Serving(context, context.new_batch(), kv, self._rows, kept, allocated)
 
     def _rows(self, n_tokens: int) -> tuple[int, ...]:
-        if self._policy is None:
+        if self.policy is None:
             return ()
-        return self._policy.rows(self._model.n_layer, self._settings.n_ctx, n_tokens)
+        return self.policy.rows(self._model.n_layer, self.settings.n_ctx, n_tokens)
 
     def _figures(self, context: Context) -> KVFigures:
         if self._shape is None:

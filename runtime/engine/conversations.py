@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ziggurat.runtime.engine.loader import Loaded
 from ziggurat.runtime.engine.protocol import KeptRows
+from ziggurat.runtime.engine.reuse import oldest
 from ziggurat.runtime.engine.slots import Slot, Slots
 from ziggurat.runtime.errors import ConversationError
 from ziggurat.runtime.kv_file import load_sequence, save_sequence
@@ -27,7 +28,7 @@ def restore(slots: Slots, loaded: Loaded, conversation: str, path: str | os.Path
         raise ConversationError(f"conversation {conversation!r} is running a request: restore it when that has ended")
     if not free:
         raise ConversationError("every sequence is running a request: restore the conversation when one has ended")
-    slot = named[0] if named else min(free, key=lambda slot: (bool(slot.tokens), slot.last_used))
+    slot = named[0] if named else min(free, key=oldest)
     tokens = load_sequence(Path(path), slots.context, slot.index, loaded.hash())
     slot.tokens, slot.conversation, slot.budgets = tokens, conversation, ()
     slots.measure(slot)

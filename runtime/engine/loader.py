@@ -21,6 +21,7 @@ from ziggurat.runtime.bindings import (
 from ziggurat.runtime.engine.contexts import Contexts
 from ziggurat.runtime.engine.prompts import PromptEncoder
 from ziggurat.runtime.engine.protocol import ModelInfo
+from ziggurat.runtime.engine.speculation import MAX_DRAFT
 from ziggurat.runtime.errors import InvalidRequestError, MemoryShortageError, UnsupportedError
 from ziggurat.runtime.gguf_file import GGUFFile, read_gguf
 from ziggurat.runtime.hardware import default_threads
@@ -55,6 +56,9 @@ class EngineSettings:
     of the others may be ``gap`` times what it is undisturbed, and one piece of reading. ``one_shot`` is for single
     prompts: the cache is made for each one's length, and nothing of it is used again. ``loras`` are adapters that are
     applied to all that is computed.
+
+    A ``draft_model`` of the same vocabulary proposes up to ``draft_max`` tokens (1 to 15) at a time, and before it, or
+    alone, ``prompt_lookup`` what followed the last tokens when they occurred before.
     """
 
     n_ctx: int | None = None
@@ -72,6 +76,9 @@ class EngineSettings:
     gap: float = 3.0
     one_shot: bool = False
     loras: tuple[LoraAdapter, ...] = ()
+    draft_model: str | os.PathLike[str] | None = None
+    draft_max: int = 8
+    prompt_lookup: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_ctx", "n_batch", "n_ubatch", "threads", "parallel"):
@@ -87,6 +94,8 @@ class EngineSettings:
             raise InvalidRequestError(
                 f"parallel and cached are {self.parallel} and {self.cached}; together they can be {MAX_SEQUENCES}"
             )
+        if not 1 <= self.draft_max <= MAX_DRAFT:
+            raise InvalidRequestError(f"draft_max is {self.draft_max}; it must be from 1 to {MAX_DRAFT}")
         if not 1 < self.gap <= 1000:
             raise InvalidRequestError(f"the gap is {self.gap}; it must be above 1 and at most 1000")
         if self.one_shot and (self.parallel, self.cached) != (1, 0):
@@ -97,6 +106,11 @@ class EngineSettings:
         """Prompts that are read at a time."""
         asked = self.kv.reading if self.kv is not None else None
         return min(asked or 2, self.parallel)
+
+    @property
+    def step(self) -> int:
+        """Tokens of a sequence that are decoded at a time."""
+        return 1 + self.draft_max if self.prompt_lookup or self.draft_model is not None else 1
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,7 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
             kv_unsupported=unsupported,
             parallel=settings.parallel,
         )
-        contexts = Contexts(model, shape, _context_settings(settings, n_ctx), settings.kv)
+        contexts = Contexts(model, shape, _context_settings(settings, n_ctx), settings.kv, step=settings.step)
         return Loaded(model, contexts, PromptEncoder(model.vocab, model.chat_template), info, expected)
     except BaseException:
         model.close()

@@ -49,6 +49,15 @@ def usable(prompt: Sequence[int], held: Slot, *, reread: bool) -> int:
     return common if common == len(held.tokens) or common >= held.removable_from else 0
 
 
+def oldest(slot: Slot) -> tuple[bool, int, int]:
+    """Order sequences by what is lost least: empty ones, then those used longest ago.
+
+    Of empty ones the first: only sequences whose numbers follow each other are computed together (llama.cpp splits a
+    batch there), so that those in use had better stand side by side.
+    """
+    return bool(slot.tokens), slot.last_used if slot.tokens else 0, slot.index
+
+
 def place(
     prompt: Sequence[int], slots: Iterable[Slot], *, conversation: str | None = None, reread: bool = False
 ) -> Placement | None:
@@ -74,7 +83,7 @@ def place(
     if count and not best.busy and (same or 2 * count >= len(best.tokens) or not others):
         return Placement(best.index, count)
     own = [held for held in free if conversation is not None and held.conversation == conversation]
-    target = min(own or others or free, key=lambda held: (bool(held.tokens), held.last_used))
+    target = min(own or others or free, key=oldest)
     if target is not best and count >= max(LEAST_FORK, counts[target.index] + 1):
         return Placement(target.index, count, best.index)
     return Placement(target.index, counts[target.index])

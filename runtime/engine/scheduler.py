@@ -300,6 +300,8 @@ class Scheduler:
 
     def _decode(self) -> bool:
         generations = [generation for generation in self.running if not generation.reading]
+        # the library computes together only those that stand in the order of their sequences
+        generations.sort(key=lambda generation: generation.slot.index)
         if not generations or self._inbox.closing:
             return False
         assert self.decoding is not None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ziggurat.runtime.bindings import Context
-from ziggurat.runtime.engine.reuse import LEAST_FORK, place, usable
+from ziggurat.runtime.engine.reuse import LEAST_FORK, oldest, place, usable
 from ziggurat.runtime.errors import ContextError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Slots:
             return
         spare = [other for other in self.all if not other.busy and other is not slot]
         if spare and len(slot.tokens) >= LEAST_FORK:
-            target = min(spare, key=lambda other: (bool(other.tokens), other.last_used))
+            target = min(reversed(spare), key=lambda other: oldest(other)[:2])  # the last: requests take the first
             self._copy(slot, target, len(slot.tokens))
             self.touch(target)
 

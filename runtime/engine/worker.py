@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from ziggurat.runtime.engine.admission import Inbox
+from ziggurat.runtime.engine.drafters import make_drafting
 from ziggurat.runtime.engine.loader import EngineSettings, Loaded, load
 from ziggurat.runtime.engine.scheduler import Scheduler, Turns
 from ziggurat.runtime.engine.slots import Slots
@@ -77,7 +78,8 @@ class Worker:
         self.one_shot = settings.one_shot
         turns = Turns(loaded.info.n_ctx, settings.parallel, settings.lanes, settings.gap)
         serving_for = loaded.contexts.for_prompt if settings.one_shot else None
-        self.scheduler = Scheduler(self.inbox, turns, serving_for=serving_for)
+        self._drafting = make_drafting(loaded, settings)
+        self.scheduler = Scheduler(self.inbox, turns, serving_for=serving_for, drafting=self._drafting)
         if not settings.one_shot:
             self.scheduler.use(loaded.contexts.for_all())
 
@@ -107,6 +109,8 @@ class Worker:
             end = EngineError(f"the engine failed: {type(error).__name__}: {error}")
         finally:
             self.inbox.abandon(end)
+            if self._drafting is not None:
+                self._drafting.close()
 
     def close(self) -> None:
         """Have the thread end, and at once. From any thread."""

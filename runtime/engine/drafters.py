@@ -1,0 +1,27 @@
+"""The drafter that settings ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ziggurat.runtime.engine.draft_loader import load_draft
+from ziggurat.runtime.engine.drafting import Drafting
+from ziggurat.runtime.engine.ngram import NgramDrafter
+from ziggurat.runtime.engine.speculation import Drafter, Either
+
+if TYPE_CHECKING:
+    from ziggurat.runtime.engine.loader import EngineSettings, Loaded
+
+
+def make_drafting(loaded: Loaded, settings: EngineSettings) -> Drafting | None:
+    """Load what is to propose tokens; None when nothing is. Prompt lookup goes before a draft model.
+
+    Raises what ``load_draft`` raises.
+    """
+    drafters: list[Drafter] = [NgramDrafter()] if settings.prompt_lookup else []
+    if settings.draft_model is not None:
+        context, policy = loaded.contexts.settings, loaded.contexts.policy
+        drafters.append(load_draft(settings.draft_model, loaded.model, context, policy, gpu_layers=settings.gpu_layers))
+    if not drafters:
+        return None
+    return Drafting(drafters[0] if len(drafters) == 1 else Either(*drafters), settings.draft_max)
