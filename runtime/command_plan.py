@@ -47,7 +47,7 @@ def plan(model: Path, **options: Any) -> int:
     compute buffers are an estimate. Prompts are taken to be as long as the context.
     """
     from ziggurat.runtime.bindings import ContextSettings
-    from ziggurat.runtime.engine.loader import DEFAULT_CTX
+    from ziggurat.runtime.engine.settings import DEFAULT_CTX
     from ziggurat.runtime.kv_policy import policy_of
     from ziggurat.runtime.lora import LoraAdapter
     from ziggurat.runtime.plan import open_planner

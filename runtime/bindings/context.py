@@ -45,6 +45,10 @@ class Context:
         self._handle: Any = handle
         self._free = weakref.finalize(self, lib.llama_free, handle)
         self._memory = lib.llama_get_memory(handle)
+        #: Whether it has rows of earlier tokens to go on from; False for encoders, which have none.
+        self.keeps_rows = bool(self._memory)
+        #: Whether tokens see only those before them, so that a text can be read in parts.
+        self.causal = self.keeps_rows and bool(lib.llama_get_causal_attn(handle))
         self._outputs: frozenset[int] = frozenset()
         cache = kv.Cache(handle, model.n_layer) if settings.kv is not None else None
         self._cache = cache if cache is not None and cache.active else None
@@ -102,8 +106,11 @@ class Context:
             raise ContextError("this context was made to be measured and has no memory to compute in")
         self.model.vocab.check(batch.tokens)
         self._outputs = frozenset()
+        if not self.causal and len(batch) > self.n_ubatch:  # the library would abort the process
+            raise ContextError(f"{len(batch)} tokens have to be computed at once, and here {self.n_ubatch} are")
+        compute = self._lib.llama_decode if self.keeps_rows else self._lib.llama_encode
         with library.log.capture() as lines:
-            status = self._lib.llama_decode(self.handle, batch.native(self._lib))
+            status = compute(self.handle, batch.native(self._lib))
         if status == 0:
             self._outputs = batch.outputs
         elif status == 1:
@@ -289,6 +296,6 @@ class Context:
         return self._cache
 
     def _checked_memory(self) -> Any:
-        if not self.handle or self._memory is None:
+        if not self.handle or not self.keeps_rows:
             raise ContextError("this model keeps no rows of earlier tokens, so nothing can be generated with it")
         return self._memory

@@ -14,6 +14,8 @@ CACHE_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "f32": 0}
 _UNBLOCKED = ("f16", "bf16", "f32")
 #: What ``ContextSettings.flash_attention`` may be; auto takes it where the device supports it.
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+#: How a context for embeddings may make one vector of a text; model: as its file says.
+POOLINGS = {"model": -1, "mean": 1, "cls": 2, "last": 3}
 #: KV rows a context can have, all sequences together.
 MAX_ROWS = 2**31 - 1024
 
@@ -28,6 +30,9 @@ class ContextSettings:
     single tokens, ``n_threads_batch`` (default: the same) prompts. ``swa_full`` keeps whole-context rows in
     sliding-window layers as well. ``kv`` bounds the rows that stay of a prompt: ``n_ctx`` then bounds the prompt alone,
     and ``n_batch`` is raised to it unless prompts are read in chunks, so that a whole one can be a batch.
+
+    ``pooling``, a key of ``POOLINGS``, makes a context for embeddings, whose sequences share ``n_ctx`` rows: what a
+    batch gives is a vector for each of its sequences, right if all its tokens are computed at once.
     """
 
     n_ctx: int
@@ -41,6 +46,7 @@ class ContextSettings:
     n_threads_batch: int | None = None
     swa_full: bool = False
     kv: KVSettings | None = None
+    pooling: str | None = None
 
     def __post_init__(self) -> None:
         if self.kv is not None and self.kv.prefill != "chunked" and self.n_batch < self.n_ctx:
@@ -51,8 +57,10 @@ class ContextSettings:
         for name in ("n_batch", "n_ubatch"):
             if getattr(self, name) > MAX_ROWS:  # the library's fields have 32 bits: 2^32 + 1 would arrive as 1
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; it can be at most {MAX_ROWS}")
-        if self.n_ctx * self.n_seq_max > MAX_ROWS:
-            raise InvalidRequestError(f"a context of {self.n_ctx} x {self.n_seq_max} rows is beyond {MAX_ROWS}")
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise InvalidRequestError(f"pooling {self.pooling!r} is unknown; take one of {', '.join(POOLINGS)}")
+        if self.n_ctx * self.n_streams > MAX_ROWS:
+            raise InvalidRequestError(f"a context of {self.n_ctx} x {self.n_streams} rows is beyond {MAX_ROWS}")
         for name in (self.type_k, self.type_v):
             if name not in CACHE_TYPES:
                 raise InvalidRequestError(f"cache type {name!r} is unknown; take one of {', '.join(CACHE_TYPES)}")
@@ -63,13 +71,18 @@ class ContextSettings:
                 f"cache type {self.type_v} for V needs flash attention; turn it on or keep V in f16"
             )
 
+    @property
+    def n_streams(self) -> int:
+        """How many times ``n_ctx`` rows there are: for each sequence, or once for those that share them."""
+        return self.n_seq_max if self.pooling is None else 1
+
 
 def fill(params: Any, settings: ContextSettings) -> object:
     """Write the settings into the library's struct, whose layout is llama_cpp's, which ships with the library.
 
     What is returned has to live until the context is made: the struct points into it.
     """
-    params.n_ctx = _padded(settings.n_ctx) * settings.n_seq_max
+    params.n_ctx = _padded(settings.n_ctx) * settings.n_streams
     # the library reserves one output for every sequence, and aborts the process when a batch has no room for them
     params.n_batch = max(settings.n_batch, settings.n_seq_max)
     params.n_ubatch = min(settings.n_ubatch, settings.n_batch)
@@ -80,7 +93,8 @@ def fill(params: Any, settings: ContextSettings) -> object:
     params.type_v = CACHE_TYPES[settings.type_v]
     params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
     params.swa_full = settings.swa_full
-    params.kv_unified = False
+    params.kv_unified = params.embeddings = settings.pooling is not None
+    params.pooling_type = POOLINGS[settings.pooling or "model"]
     params.no_perf = True
     return kv.fill(params, settings.kv) if settings.kv is not None else None
 

@@ -146,10 +146,23 @@ class Model:
         return None if source is None else source.decode("utf-8", errors="replace")
 
     @property
+    def n_embd_out(self) -> int:
+        """Size of the vectors that a context for embeddings gives."""
+        return int(self._lib.llama_model_n_embd_out(self.handle))
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it has an encoder beside a decoder, or for one (T5 and its like; not those of BERT's kind)."""
+        return bool(self._lib.llama_model_has_encoder(self.handle))
+
+    @property
     def generates_text(self) -> bool:
-        """Whether this is a decoder that predicts the next token (no encoder-decoder, embedding or diffusion model)."""
+        """Whether this may be a decoder that predicts the next token: no encoder-decoder and no diffusion model.
+
+        A model for embeddings shows itself in its contexts alone: they are not ``causal``.
+        """
         lib, handle = self._lib, self.handle
-        has = lib.llama_model_has_decoder(handle) and not lib.llama_model_has_encoder(handle)
+        has = lib.llama_model_has_decoder(handle) and not self.has_encoder
         return bool(has and not lib.llama_model_is_diffusion(handle))
 
 

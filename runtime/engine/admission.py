@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ziggurat.runtime.engine.protocol import Event, GenerationRequest
 from ziggurat.runtime.engine.stream import Channel
-from ziggurat.runtime.errors import EngineClosedError, EngineError, QueueFullError
+from ziggurat.runtime.errors import DecodeAborted, EngineClosedError, EngineError, QueueFullError
 from ziggurat.runtime.sampler import Sampler
 
 
@@ -35,36 +35,33 @@ class Job:
         self.deadline = None if timeout is None else self.submitted + timeout
 
 
-class Task(Protocol):
-    """Work other than a request, done in the engine's thread between its steps."""
+class Task:
+    """Work other than a request, done in the engine's thread between its steps.
 
-    def step(self) -> bool:
-        """Do a piece; True when it was the last. Reports its own errors."""
-        ...
+    ``step`` is called until it returns True, a piece of the work each time; then ``future`` gets what ``result``
+    returns, or what either raised.
+    """
 
-    def abandon(self, error: BaseException) -> None:
-        """The engine ends before the task does."""
-        ...
-
-
-class Call(Task):
-    """A task of one piece: a function whose result, or error, a future gets."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
+    def __init__(self, result: Callable[[], Any], step: Callable[[], bool] = lambda: True) -> None:
         self.future: Future[Any] = Future()
-        self._function = function
+        self._result, self._step = result, step
 
-    def step(self) -> bool:
-        """Call it."""
-        if self.future.set_running_or_notify_cancel():
-            try:
-                self.future.set_result(self._function())
-            except BaseException as error:
-                self.future.set_exception(error)
+    def advance(self) -> bool:
+        """Do a piece; True when it was the last."""
+        if self.future.done():
+            return True
+        try:
+            if not self._step():
+                return False
+            self.future.set_result(self._result())
+        except DecodeAborted:
+            return False
+        except BaseException as error:
+            self.future.set_exception(error)
         return True
 
     def abandon(self, error: BaseException) -> None:
-        """Give the error to who waits."""
+        """The engine ends before the task does."""
         if not self.future.done():
             self.future.set_exception(error)
 

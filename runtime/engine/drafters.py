@@ -10,7 +10,8 @@ from ziggurat.runtime.engine.ngram import NgramDrafter
 from ziggurat.runtime.engine.speculation import Drafter, Either
 
 if TYPE_CHECKING:
-    from ziggurat.runtime.engine.loader import EngineSettings, Loaded
+    from ziggurat.runtime.engine.loader import Loaded
+    from ziggurat.runtime.engine.settings import EngineSettings
 
 
 def make_drafting(loaded: Loaded, settings: EngineSettings) -> Drafting | None:

@@ -8,12 +8,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from ziggurat.runtime.engine import conversations, figures
-from ziggurat.runtime.engine.admission import Call, Job
-from ziggurat.runtime.engine.loader import EngineSettings
+from ziggurat.runtime.engine.admission import Job, Task
 from ziggurat.runtime.engine.protocol import (
     Embeddings,
     EngineStats,
@@ -22,14 +20,13 @@ from ziggurat.runtime.engine.protocol import (
     KeptRows,
     ModelInfo,
 )
+from ziggurat.runtime.engine.settings import EngineSettings
 from ziggurat.runtime.engine.stream import EventStream
 from ziggurat.runtime.engine.worker import Worker, start
 from ziggurat.runtime.errors import EngineClosedError, EngineError, PromptTooLongError, UnsupportedError
 from ziggurat.runtime.sampler import Sampler
 
 __all__ = ["EngineSettings", "LlamaEngine"]
-
-Result = TypeVar("Result")
 
 
 class LlamaEngine:
@@ -95,7 +92,15 @@ class LlamaEngine:
 
     def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
         """Return embeddings; see ``Engine.embed``."""
-        raise UnsupportedError("this engine makes no embeddings")
+        worker = self._ready()
+        embedder = worker.loaded.embedder
+        if embedder is None:
+            raise UnsupportedError("this engine makes no embeddings: it was not asked to when it was loaded")
+        tokens = [embedder.encode(text) if isinstance(text, str) else list(text) for text in texts]
+        embedder.check(tokens)
+        job = embedder.start(tokens)
+        embeddings: Embeddings = _wait(worker, Task(job.result, job.step))
+        return embeddings
 
     def encode(self, request: GenerationRequest) -> list[int]:
         """Return a prompt's tokens; see ``Engine.encode``."""
@@ -114,24 +119,25 @@ class LlamaEngine:
 
     def save(self, conversation: str, path: str | os.PathLike[str]) -> int:
         """Write a conversation to a file; see ``Engine.save``."""
-        return self._call(lambda worker: conversations.save(worker.slots(), worker.loaded, conversation, path))
+        tokens: int = self._call(lambda worker: conversations.save(worker.slots(), worker.loaded, conversation, path))
+        return tokens
 
     def restore(self, conversation: str, path: str | os.PathLike[str]) -> int:
         """Take up a saved conversation; see ``Engine.restore``."""
-        return self._call(lambda worker: conversations.restore(worker.slots(), worker.loaded, conversation, path))
+        tokens: int = self._call(
+            lambda worker: conversations.restore(worker.slots(), worker.loaded, conversation, path)
+        )
+        return tokens
 
     def kept(self, conversation: str) -> KeptRows:
         """Tell what a conversation's rows are of; see ``Engine.kept``."""
-        return self._call(lambda worker: conversations.kept(worker.slots(), conversation))
+        rows: KeptRows = self._call(lambda worker: conversations.kept(worker.slots(), conversation))
+        return rows
 
-    def _call(self, function: Callable[[Worker], Result]) -> Result:
+    def _call(self, function: Callable[[Worker], Any]) -> Any:
         """Run a function in the engine's thread, between its steps."""
         worker = self._ready()
-        call = Call(functools.partial(function, worker))
-        worker.inbox.run(call)
-        future: Future[Any] = call.future
-        result: Result = future.result()
-        return result
+        return _wait(worker, Task(functools.partial(function, worker)))
 
     def stats(self) -> EngineStats:
         """Return the counters; see ``Engine.stats``."""
@@ -149,6 +155,11 @@ class LlamaEngine:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+def _wait(worker: Worker, task: Task) -> Any:
+    worker.inbox.run(task)
+    return task.future.result()
 
 
 def _cancel(worker: Worker, job: Job) -> None:

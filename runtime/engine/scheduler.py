@@ -228,7 +228,7 @@ class Scheduler:
         if not self._inbox.tasks:
             return False
         task = self._inbox.tasks[0]
-        if task.step():
+        if task.advance():
             self._inbox.tasks.popleft()
         return True
 

@@ -11,8 +11,9 @@ from concurrent.futures import Future
 
 from ziggurat.runtime.engine.admission import Inbox
 from ziggurat.runtime.engine.drafters import make_drafting
-from ziggurat.runtime.engine.loader import EngineSettings, Loaded, load
+from ziggurat.runtime.engine.loader import Loaded, load
 from ziggurat.runtime.engine.scheduler import Scheduler, Turns
+from ziggurat.runtime.engine.settings import EngineSettings
 from ziggurat.runtime.engine.slots import Slots
 from ziggurat.runtime.errors import ConversationError, EngineClosedError, EngineError
 
@@ -78,9 +79,10 @@ class Worker:
         self.one_shot = settings.one_shot
         turns = Turns(loaded.info.n_ctx, settings.parallel, settings.lanes, settings.gap)
         serving_for = loaded.contexts.for_prompt if settings.one_shot else None
-        self._drafting = make_drafting(loaded, settings)
+        generates = loaded.info.generates_text
+        self._drafting = make_drafting(loaded, settings) if generates else None
         self.scheduler = Scheduler(self.inbox, turns, serving_for=serving_for, drafting=self._drafting)
-        if not settings.one_shot:
+        if not settings.one_shot and generates:
             self.scheduler.use(loaded.contexts.for_all())
 
     @property
@@ -116,3 +118,5 @@ class Worker:
         """Have the thread end, and at once. From any thread."""
         self.inbox.close()
         self.scheduler.interrupt(None)
+        if self.loaded.embedder is not None:
+            self.loaded.embedder.context.abort.set()

@@ -110,6 +110,24 @@ class MemoryPlan:
         """What lies elsewhere."""
         return self.devices[1:]
 
+    def beside(self, other: MemoryPlan, *, same_model: bool = True) -> MemoryPlan:
+        """Return the plan of this context and another's, of the same model or not; what it says of KV is this one's."""
+        more = {device.device: device for device in other.devices}
+        devices = tuple(
+            dataclasses.replace(
+                device,
+                weights=device.weights + (0 if same_model else more[device.device].weights),
+                repacked=device.repacked + (0 if same_model else more[device.device].repacked),
+                context=device.context + more[device.device].context,
+                compute=device.compute + more[device.device].compute,
+                output=device.output + more[device.device].output,
+            )
+            if device.device in more
+            else device
+            for device in self.devices
+        )
+        return dataclasses.replace(self, devices=devices)
+
     def as_json(self) -> dict[str, Any]:
         """Return the plan as ``ziggurat plan --json`` writes it; sizes in bytes."""
         settings = self.settings
@@ -163,13 +181,13 @@ def plan_memory(model: Outline, settings: ContextSettings, *, gpu_layers: int = 
     since each computes its own part of the graph. Raises UnsupportedError for cache types that do not fit the heads.
     """
     n_ctx = padded(settings.n_ctx)
-    n_ubatch = ubatch(n_ctx, settings.n_seq_max, settings.n_batch, settings.n_ubatch)
+    n_ubatch = ubatch(n_ctx, settings.n_streams, settings.n_batch, settings.n_ubatch)
     budget = _budget(model, settings, n_ubatch)
     per_layer = _kv(model, settings, n_ubatch, budget)
     compute = compute_bytes(
         model,
         n_ctx,
-        settings.n_seq_max,
+        settings.n_streams,
         n_ubatch,
         flash_attention=settings.flash_attention != "off",
         swa_full=settings.swa_full,
@@ -193,7 +211,7 @@ def plan_memory(model: Outline, settings: ContextSettings, *, gpu_layers: int = 
 
 def measured_plan(model: Outline, settings: ContextSettings, buffers: Iterable[BufferMemory]) -> MemoryPlan:
     """Plan with what the library says that it allocates; only ``kv_per_layer`` and ``output`` are arithmetic."""
-    n_ubatch = ubatch(padded(settings.n_ctx), settings.n_seq_max, settings.n_batch, settings.n_ubatch)
+    n_ubatch = ubatch(padded(settings.n_ctx), settings.n_streams, settings.n_batch, settings.n_ubatch)
     sums: defaultdict[str, Counter[str]] = defaultdict(Counter)
     sums[HOST]["output"] = _output(model, settings)
     for buffer in buffers:
@@ -250,7 +268,7 @@ def _kv(
         settings.n_ctx,
         type_k=settings.type_k,
         type_v=settings.type_v,
-        n_seq=settings.n_seq_max,
+        n_seq=settings.n_streams,
         n_ubatch=n_ubatch,
         swa_full=settings.swa_full,
         flash_attention=settings.flash_attention != "off",
@@ -258,7 +276,12 @@ def _kv(
 
 
 def _output(model: Outline, settings: ContextSettings) -> int:
-    """Logits of one token per conversation; a batch that asks for more lets the buffer grow."""
+    """Logits of one token per conversation; a batch that asks for more lets the buffer grow.
+
+    A context for embeddings has them, and hidden states, of every token that it computes at once.
+    """
+    if settings.pooling is not None:
+        return (model.n_vocab + model.n_embd) * min(settings.n_ubatch, padded(settings.n_ctx)) * _F32
     return model.n_vocab * settings.n_seq_max * _F32
 
 

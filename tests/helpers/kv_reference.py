@@ -99,6 +99,13 @@ class ReferenceSequence:
         `singly`: as if they came one by one, which leaves the queries before them where they are.
         """
         w = self.w
+        output = w.get("output.weight")
+        final: Array = self.states(tokens, singly=singly) @ (w["token_embd.weight"] if output is None else output).T
+        return final
+
+    def states(self, tokens: Sequence[int], *, singly: bool = False) -> Array:
+        """Append tokens; return the normalized hidden states that the logits are made of, (tokens, n_embd)."""
+        w = self.w
         window = self.budget.window if self.budget else 1
         self._n_queries = window if len(tokens) > window and not singly else window + RING_SPARE
         positions = np.arange(self.n, self.n + len(tokens), dtype=np.int32)
@@ -108,11 +115,7 @@ class ReferenceSequence:
             name = f"blk.{layer}."
             hidden = hidden + self._attention(layer, name, self._norm(hidden, name + "attn_norm.weight"), positions)
             hidden = hidden + self._ffn(name, self._norm(hidden, name + "ffn_norm.weight"))
-        output = w.get("output.weight")
-        final: Array = (
-            self._norm(hidden, "output_norm.weight") @ (w["token_embd.weight"] if output is None else output).T
-        )
-        return final
+        return self._norm(hidden, "output_norm.weight")
 
     def forget(self, count: int) -> None:
         """Roll the last tokens back. Queries that the ring had left behind do not come back."""

@@ -171,7 +171,7 @@ def test_a_start_warns_when_memory_is_short(
     spm_path: Path, machine: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = EngineSettings(n_ctx=512, threads=1)
-    with caplog.at_level(logging.WARNING, "ziggurat.runtime.engine.loader"):
+    with caplog.at_level(logging.WARNING, "ziggurat.runtime.engine.memory_check"):
         with LlamaEngine(spm_path, settings) as engine:
             engine.load()
         assert not caplog.records
@@ -187,10 +187,10 @@ def test_a_start_warns_when_memory_is_short(
 def test_a_start_is_refused_when_it_can_never_work(
     spm_path: Path, machine: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ziggurat.runtime.engine import loader
+    from ziggurat.runtime.engine import memory_check
 
     if not asked:  # as with a stock library
-        monkeypatch.setattr(loader, "can_measure", lambda: False)
+        monkeypatch.setattr(memory_check, "can_measure", lambda: False)
     machine["memory"] = (1000, 900)
     with LlamaEngine(spm_path, EngineSettings(n_ctx=512, threads=1)) as engine:
         with pytest.raises(MemoryShortageError, match=r"a context of 512 tokens .* this machine has 1000 B"):
