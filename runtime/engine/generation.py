@@ -115,12 +115,21 @@ class Generation:
 
     @property
     def room(self) -> int:
-        """Tokens that can follow the pending one before it ends by itself."""
+        """Tokens of one step that do not change how it goes on, the pending one included; 1 at least.
+
+        No more than it may still generate and than have rows; and with a budget no more than go in before its layers
+        are full, so that they select when they would have anyway.
+        """
         limit = self.job.request.max_tokens
         left = [] if limit is None else [limit - self.n_generated]
         if not self._kv.endless:
             left.append(self._context.settings.n_ctx - len(self.job.tokens) - self.n_generated + 1)
-        return min(left, default=2**31)
+        if self._context.kv_active:
+            rows = self._context.kv_rows(self.slot.index)
+            free = min(most - used for most, used in zip(self._kv.rows_per_layer, rows, strict=True))
+            if free:  # else they select before this step
+                left.append(free)
+        return max(1, min(left, default=2**31))
 
     def finish(self) -> str:
         """Return the text still held back, and free the sampler."""
