@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from ziggurat.runtime.bindings import Vocab
 from ziggurat.runtime.chat_template import ChatTemplate
@@ -60,7 +60,10 @@ class PromptEncoder:
         if self._template is None:
             vocab = self._vocab
             self._template = ChatTemplate(self._source, bos=vocab.text_of(vocab.bos), eos=vocab.text_of(vocab.eos))
-        return self._template.render([asdict(message) for message in request.messages or ()])
+        messages = [message.as_mapping() for message in request.messages or ()]
+        return self._template.render(
+            messages, tools=request.tools or None, variables=request.template_variables or None
+        )
 
     def tokenize(self, text: str) -> list[int]:
         """Tokenize a prompt. A BOS the text begins with (templates write their own) is not doubled; no EOS is added."""

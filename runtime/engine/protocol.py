@@ -25,21 +25,27 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation, as chat templates know it."""
+    """One turn of a conversation, as chat templates know it; ``more`` are further keys, such as ``tool_calls``."""
 
     role: str
     content: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return it as templates have it."""
+        return {"role": self.role, "content": self.content, **self.more}
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """What to generate from and how. Exactly one of ``messages``, ``prompt`` and ``tokens`` is given.
 
-    ``messages`` go through the model's chat template, ``prompt`` is tokenized as it is (special tokens written in it
-    are recognized; BOS is added once if the model wants it), ``tokens`` are taken unchanged. ``max_tokens`` None means
-    until the model ends or the context is full, which it never is with a KV budget. Generation ends before any of the
-    ``stop`` strings, or where the grammar of ``sampling`` ends. ``logprobs`` asks for the log-probability of each token
-    and of so many of the likeliest ones, 0 to 20, before any sampler; None for none.
+    ``messages`` go through the model's chat template, with ``tools`` (JSON schemas of functions, as OpenAI's API has
+    them) and ``template_variables`` where it knows what to do with them; ``prompt`` is tokenized as it is (special
+    tokens written in it are recognized; BOS is added once if the model wants it), ``tokens`` are taken unchanged.
+    ``max_tokens`` None means until the model ends or the context is full, which it never is with a KV budget.
+    Generation ends before any of the ``stop`` strings, or where the grammar of ``sampling`` ends. ``logprobs`` asks for
+    the log-probability of each token and of so many of the likeliest ones, 0 to 20, before any sampler; None for none.
 
     A prompt that goes on where an earlier one ended continues on the rows that were kept of it, and only its new tokens
     are read; with ``reread`` only rows that nothing was evicted from are used again. ``conversation`` names what
@@ -50,6 +56,8 @@ class GenerationRequest:
     messages: tuple[Message, ...] | None = None
     prompt: str | None = None
     tokens: tuple[int, ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
