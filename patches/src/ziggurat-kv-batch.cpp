@@ -160,7 +160,9 @@ std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(
             room   = std::min(room, layers[il].capacity - seqs[s].used[il]);
             above |= seqs[s].used[il] > seqs[s].budget[il];
         }
-        if (above) {
+        // not early if a removal took all queries to select by, which leaves room for more than a step
+        const bool blind = uses_queries() && seqs[s].queries_from >= seqs[s].next;
+        if (above && (!blind || room < n_tokens)) {
             rooms.push_back({ room/n_tokens, s });
         }
     }

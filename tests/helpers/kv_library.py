@@ -332,6 +332,16 @@ class BudgetContext:
         )  # fmt: skip
         return int(call(self._context, sequence, None if rows is None else _array(rows), len(rows or ())))
 
+    def set_step(self, n: int) -> int:
+        """Let up to n tokens of a sequence in a batch be a decoding step; return the status."""
+        return int(_function("ziggurat_kv_set_step", ctypes.c_int32, ctypes.c_void_p, ctypes.c_uint32)(
+            self._context, n))  # fmt: skip
+
+    def removable_from(self, sequence: int = 0) -> int:
+        """The first position from which on the end can be removed."""
+        return int(_function("ziggurat_kv_removable_from", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)(
+            self._context, sequence))  # fmt: skip
+
     def select(self, sequence: int = 0) -> int:
         """Select now; return the number of layers that were brought down."""
         return int(_function("ziggurat_kv_select", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from helpers.kv_library import Budget, BudgetContext, BudgetModel, Floats, Ints
+from helpers.kv_library import Budget, BudgetContext, BudgetModel, Floats, Ints, Refused
 from helpers.tiny_models import Shape, write_model
 
 #: Heads alike and grouped in every way; in `uneven` another way in each layer.
@@ -64,3 +65,17 @@ def alone(model: BudgetModel, sequence: int, steps: list[int], **options: Any) -
         logits = [context.read(prompt(sequence))]
         logits += [context.read([token]) for token in steps]
         return logits, context.kept()
+
+
+def faults(run: Callable[[BudgetContext], object], context: BudgetContext, check: Callable[[], object]) -> int:
+    """Let every allocation and computation of `run` fail in its turn; `check` after each. How many there were."""
+    for n in range(10000):
+        context.fail_at(n)
+        try:
+            run(context)
+        except (RuntimeError, Refused):
+            check()
+            continue
+        context.fail_at(-1)
+        return n
+    raise AssertionError("it never ends")

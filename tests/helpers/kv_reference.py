@@ -93,21 +93,16 @@ class ReferenceSequence:
             for heads, kv in zip(weights.heads, weights.kv_heads, strict=True)
         ]
 
-    def read(self, tokens: Sequence[int], *, singly: bool = False) -> Array:
-        """Append tokens; return the logits after each of them, (tokens, vocabulary).
-
-        `singly`: as if they came one by one, which leaves the queries before them where they are.
-        """
+    def read(self, tokens: Sequence[int]) -> Array:
+        """Append tokens; return the logits after each of them, (tokens, vocabulary)."""
         w = self.w
         output = w.get("output.weight")
-        final: Array = self.states(tokens, singly=singly) @ (w["token_embd.weight"] if output is None else output).T
+        final: Array = self.states(tokens) @ (w["token_embd.weight"] if output is None else output).T
         return final
 
-    def states(self, tokens: Sequence[int], *, singly: bool = False) -> Array:
+    def states(self, tokens: Sequence[int]) -> Array:
         """Append tokens; return the normalized hidden states that the logits are made of, (tokens, n_embd)."""
         w = self.w
-        window = self.budget.window if self.budget else 1
-        self._n_queries = window if len(tokens) > window and not singly else window + RING_SPARE
         positions = np.arange(self.n, self.n + len(tokens), dtype=np.int32)
         self.n += len(tokens)
         hidden = w["token_embd.weight"][list(tokens)]
@@ -119,6 +114,8 @@ class ReferenceSequence:
 
     def forget(self, count: int) -> None:
         """Roll the last tokens back. Queries that the ring had left behind do not come back."""
+        if count == 0:
+            return
         self.n -= count
         for layer in self.layers:
             layer.queries = layer.queries[:, :-count]
@@ -151,7 +148,8 @@ class ReferenceSequence:
         cache.keys = np.concatenate([cache.keys, k.swapaxes(0, 1)], 1)
         cache.values = np.concatenate([cache.values, v.swapaxes(0, 1)], 1)
         cache.positions = np.concatenate([cache.positions, np.tile(positions, (kv_heads, 1))], 1)
-        cache.queries = np.concatenate([cache.queries, q.swapaxes(0, 1)], 1)[:, -self._n_queries :]
+        n_queries = (self.budget.window if self.budget else 1) + RING_SPARE
+        cache.queries = np.concatenate([cache.queries, q.swapaxes(0, 1)], 1)[:, -n_queries:]
         weights = _attend(q.swapaxes(0, 1), cache, positions, w.scale)
         out = weights @ np.repeat(cache.values, heads // kv_heads, 0)
         return self._project(name, "output", out.swapaxes(0, 1).reshape(len(x), heads * d))

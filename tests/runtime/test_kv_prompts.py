@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from helpers.kv_library import Aborted, Budget, BudgetContext, BudgetModel, Part, Refused
-from helpers.kv_models import BUDGET, Models, prompt, state, tokens
+from helpers.kv_models import BUDGET, Models, faults, prompt, state, tokens
 
 PREFILLS = ("exact", "lane", "chunked")
 
@@ -206,20 +205,6 @@ def test_aborted_at_any_time(kv_model: BudgetModel, steps: int) -> None:
         assert np.array_equal(context.read([7]), quiet.read([7]))
         assert np.array_equal(context.read_in_steps(text), quiet.read(text))
         assert state(context, 0) == state(quiet, 0)
-
-
-def faults(run: Callable[[BudgetContext], object], context: BudgetContext, check: Callable[[], object]) -> int:
-    """Let every allocation and computation of `run` fail in its turn; `check` after each. How many there were."""
-    for n in range(10000):
-        context.fail_at(n)
-        try:
-            run(context)
-        except (RuntimeError, Refused):
-            check()
-            continue
-        context.fail_at(-1)
-        return n
-    raise AssertionError("it never ends")
 
 
 @pytest.mark.parametrize("way", ["one go", "steps"])

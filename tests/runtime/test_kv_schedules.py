@@ -102,6 +102,7 @@ class Schedule(RuleBasedStateMachine):
         self.capacity = self.context.capacity()
         self.sequences = [self._empty() for _ in range(N_SEQ)]
         self.count, self.nodes_left = 0, -1
+        self.step_tokens = 1
         self.saved: list[tuple[bytes, Expected]] = []
         self.readings: dict[int, Reading] = {}
 
@@ -138,16 +139,26 @@ class Schedule(RuleBasedStateMachine):
     def _room(self, sequence: Expected) -> int:
         return min(most - used for used, most in zip(sequence.used, self.capacity, strict=True))
 
-    def _due(self, indices: Iterable[int]) -> set[int]:
+    def _is_step(self, sequence: Expected, n: int) -> bool:
+        return n == 1 or (n <= self.step_tokens and not sequence.empty)
+
+    def _may_select(self, sequence: Expected, n: int) -> bool:
+        """Above its budget; and it waits for queries as long as it has room."""
+        return sequence.overflows(0) and (bool(sequence.reference.layers[0].queries.size) or self._room(sequence) < n)
+
+    def _due(self, parts: Iterable[tuple[int, int]]) -> set[int]:
         """Of sequences that take a step together, those that select first: as late as their room lets them, singly."""
-        rooms = sorted((self._room(self.sequences[i]), i) for i in indices if self.sequences[i].overflows(0))
+        steps = [(i, n) for i, n in parts if self._is_step(self.sequences[i], n)]
+        rooms = sorted(
+            (self._room(self.sequences[i]) // n, i) for i, n in steps if self._may_select(self.sequences[i], n)
+        )
         if not any(room <= turn for turn, (room, _) in enumerate(rooms)):
             return set()
         count = max(turn // (room + 1) + 1 for turn, (room, _) in enumerate(rooms))
         return {index for _, index in rooms[:count]}
 
     def _refused(self, sequence: Expected, n: int) -> bool:
-        return n > 1 and sequence.overflows(n) and max(sequence.used) + n > N_CTX
+        return not self._is_step(sequence, n) and sequence.overflows(n) and max(sequence.used) + n > N_CTX
 
     def _follow(self, index: int, new: int) -> None:
         """The reference keeps what the context kept, if it may; the last `new` rows came after the selection."""
@@ -161,7 +172,9 @@ class Schedule(RuleBasedStateMachine):
 
     def _is_prompt(self, sequence: Expected, n: int) -> bool:
         """Whether tokens of a batch are read into a copy of their sequence."""
-        return n > 1 and (sequence.overflows(n) or (n > RING_SPARE and not sequence.empty))
+        if self._is_step(sequence, n):
+            return False
+        return sequence.overflows(n) or (n > RING_SPARE and not sequence.empty)
 
     @rule(
         parts=st.lists(st.tuples(SEQUENCES, LENGTHS), min_size=1, max_size=N_SEQ, unique_by=lambda part: part[0]),
@@ -174,27 +187,27 @@ class Schedule(RuleBasedStateMachine):
             with pytest.raises(Refused):
                 self.context.decode(*batch)
             return
-        due = self._due(index for index, n in parts if n == 1)
+        due = self._due(parts)
         logits = self._try(lambda: self.context.decode(*batch), fault)
         for part, got in zip(batch, logits or [None] * len(batch), strict=True):
             sequence = self.sequences[part.sequence]
             if self.context.last(part.sequence) != sequence.reference.n - 1:
-                self._account(part, None if got is None else got[0], due=part.sequence in due)
+                selects = not self._is_step(sequence, len(part.tokens)) and sequence.overflows(len(part.tokens))
+                self._account(part, None if got is None else got[0], due=part.sequence in due, selects=selects)
             else:
                 assert logits is None
                 if part.sequence in due and self.context.rows(part.sequence) != tuple(sequence.used):
                     sequence.select()  # which came before what failed
                     self._follow(part.sequence, 0)
 
-    def _account(self, part: Part, got: np.ndarray | None, *, due: bool, selects: bool = False) -> None:
+    def _account(self, part: Part, got: np.ndarray | None, *, due: bool, selects: bool) -> None:
         sequence, n = self.sequences[part.sequence], len(part.tokens)
         if due:
             sequence.select()
-            sequence.add(1)
-            self._follow(part.sequence, 1)
+            sequence.add(n)
+            self._follow(part.sequence, n)
             wanted = sequence.reference.read(part.tokens)
         else:
-            selects |= n > 1 and sequence.overflows(n)
             sequence.add(n)
             wanted = sequence.reference.read(part.tokens)
             if selects:
@@ -236,8 +249,9 @@ class Schedule(RuleBasedStateMachine):
         reading, sequence = self.readings.pop(index), self.sequences[index]
         rows, sequence.rows = sequence.rows, reading.rows
         # a single token takes a place beyond the budget, if there is one
-        single_selects = len(reading.part.tokens) == 1 and not self._room(sequence)
-        self._account(reading.part, self.context._logits([-1])[0], due=False, selects=single_selects)
+        n = len(reading.part.tokens)
+        selects = not self._room(sequence) if n == 1 else sequence.overflows(n)
+        self._account(reading.part, self.context._logits([-1])[0], due=False, selects=selects)
         sequence.rows = rows
 
     @precondition(lambda self: self.readings)
@@ -262,23 +276,31 @@ class Schedule(RuleBasedStateMachine):
                 call()
         assert self.context.select(index) == -1
 
-    @rule(index=SEQUENCES, n=st.integers(100, 260))
-    def generate(self, index: int, n: int) -> None:
-        """Single tokens, far enough for a selection now and then."""
+    @rule(n=st.integers(1, RING_SPARE))
+    def set_step(self, n: int) -> None:
+        assert self.context.set_step(n) == 0
+        self.step_tokens = n
+
+    @rule(index=SEQUENCES, n=st.integers(100, 260), drafted=st.integers(0, RING_SPARE - 1), wrong=st.integers(0, 15))
+    def generate(self, index: int, n: int, drafted: int, wrong: int) -> None:
+        """Steps of a token and its drafts, the last of them wrong; far enough for a selection now and then."""
         sequence, generated = self.sequences[index], self._tokens(n)
         if index in self.readings:
             return
+        size = 1 if sequence.empty else min(1 + drafted, self.step_tokens)
+        wrong = min(wrong, size - 1)
         while generated:
-            room = self._room(sequence)
-            some = generated[: max(room, 1)]
-            generated = generated[len(some) :]
-            logits = [self.context.read([token], index)[0] for token in some]
-            if not room:
-                self._account(Part(index, some), logits[0], due=True)
-            else:  # at once, which the reference is quicker at
+            some, generated = generated[:size], generated[size:]
+            if self._room(sequence) < len(some):
+                self._account(Part(index, some), self.context.read(some, index)[0], due=True, selects=False)
+            else:
                 sequence.add(len(some))
-                wanted = sequence.reference.read(some, singly=True).astype(np.float32)
-                assert nmse(np.stack(logits), wanted) < 1e-6
+                logits = self.context.read(some, index, every=True)
+                assert nmse(logits, sequence.reference.read(some).astype(np.float32)) < 1e-6
+            if len(some) == size and wrong:
+                assert self.context.remove(index, sequence.reference.n - wrong)
+                sequence.add(-wrong)
+                sequence.reference.forget(wrong)
 
     @rule(index=SEQUENCES, off=st.sampled_from([-40, -1, 1, 7]), n=st.sampled_from([1, 5]))
     def wrong_position(self, index: int, off: int, n: int) -> None:
@@ -369,6 +391,9 @@ class Schedule(RuleBasedStateMachine):
         for index, sequence in enumerate(getattr(self, "sequences", [])):
             assert self.context.last(index) == sequence.reference.n - 1
             assert self.context.rows(index) == tuple(sequence.used) == sequence.reference.rows()
+            assert self.context.removable_from(index) == sequence.reference.n - (
+                0 if index in self.readings else sequence.tail
+            )
             for layer, cache in zip(self.context.kept(index), sequence.reference.layers, strict=True):
                 assert np.array_equal(layer.ravel(), cache.positions.ravel())
 
