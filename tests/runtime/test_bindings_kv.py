@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from helpers import tiny_models
+from helpers.stock import nmse
+from helpers.unfit_models import write_mamba
 from ziggurat.runtime.bindings import Context, ContextSettings, KVSettings, Model, kv, kv_state, library
 from ziggurat.runtime.errors import (
     ContextError,
@@ -124,6 +126,42 @@ def test_a_context_without_a_budget_says_so(spm_model: Model) -> None:
                 call()
 
 
+def test_an_end_can_be_removed_without_a_budget(spm_model: Model) -> None:
+    with Context(spm_model, ContextSettings(n_ctx=256, n_seq_max=2, n_threads=1)) as context:
+        context.set_step(16)
+        read(context, TOKENS[:100])
+        assert context.removable_from(0) == context.removable_from(1) == 0
+        with pytest.raises(InvalidRequestError, match="sequence 2 is not one of 2"):
+            context.removable_from(2)
+
+
+@pytest.mark.parametrize("swa_full", [False, True])
+def test_a_sliding_window_has_to_stay_whole(tmp_path: Path, swa_full: bool) -> None:
+    """64 tokens; rows that have left it are overwritten by and by."""
+    path = tiny_models.write_model(tmp_path / "m.gguf", tiny_models.Shape("gemma3", n_layer=6, sliding_window=64))
+    settings = ContextSettings(512, n_ubatch=32, n_threads=1, type_k="f32", type_v="f32", swa_full=swa_full)
+    with Model(path) as model, Context(model, settings) as context, Context(model, settings) as fresh:
+        read(context, TOKENS[:60])
+        assert context.removable_from(0) == 0
+        read(context, TOKENS[60:400], 60)
+        first = context.removable_from(0)
+        assert first == 0 if swa_full else 64 < first < 400
+        position = first or 200
+        assert context.remove(0, position)
+        read(fresh, TOKENS[:position])
+        for each in (context, fresh):
+            read(each, [5], position)
+        assert nmse(context.logits(0), fresh.logits(0)) < 1e-6
+
+
+def test_no_end_of_a_recurrent_state_can_be_removed(tmp_path: Path) -> None:
+    with Model(write_mamba(tmp_path / "m.gguf")) as model:
+        with Context(model, ContextSettings(n_ctx=256, n_threads=1)) as context:
+            assert context.removable_from(0) == 0
+            read(context, TOKENS[:20])
+            assert context.removable_from(0) == 20
+
+
 def test_a_copy_without_a_budget_may_leave_out_the_end(spm_model: Model) -> None:
     with Context(spm_model, ContextSettings(n_ctx=256, n_seq_max=2, n_threads=1)) as context:
         read(context, TOKENS[:20])
@@ -234,6 +272,36 @@ def test_a_generation_has_no_end(spm_model: Model) -> None:
             read(context, [5], 600 + step)
         assert context.last_position(0) == 1299
         assert all(low <= rows <= 256 for low, rows in zip((100, 60), context.kv_rows(0), strict=True))
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_step_with_drafts(spm_model: Model) -> None:
+    """It takes no place to read a prompt in, and its end can be removed; more tokens are a prompt."""
+    with Context(spm_model, budget(kv={"n_copies": 0})) as context:
+        assert context.removable_from(0) == 0
+        read(context, TOKENS[:500])
+        assert context.removable_from(0) == 500
+        with pytest.raises(ContextError, match="no room for a copy"):
+            read(context, TOKENS[:4], 500)
+        context.set_step(4)
+        read(context, TOKENS[:4], 500)
+        assert context.kv_rows(0) == (104, 64)
+        assert context.removable_from(0) == 500
+        assert context.remove(0, 501)
+        assert context.kv_rows(0) == (101, 61)
+        with pytest.raises(ContextError, match="no room for a copy"):
+            read(context, TOKENS[:5], 501)
+        for n in (0, 17):
+            with pytest.raises(InvalidRequestError, match=f"1 to 16 tokens, not {n}"):
+                context.set_step(n)
+
+
+@pytest.mark.usefixtures("budgets")
+def test_a_step_has_to_fit_beside_the_budget(spm_model: Model) -> None:
+    with Context(spm_model, budget(kv={"rows": (252, 60), "slack": 4})) as context:
+        context.set_step(4)
+        with pytest.raises(InvalidRequestError, match="a step of 5 tokens; in this context it has 1 to 4"):
+            context.set_step(5)
 
 
 @pytest.mark.usefixtures("budgets")

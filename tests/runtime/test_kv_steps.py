@@ -161,16 +161,40 @@ def allocated(context: BudgetContext) -> list[tuple[int, int]]:
     return [(buffer.context, buffer.compute) for buffer in measure(context)]  # type: ignore[arg-type]
 
 
-def test_one_sequence_at_a_time_selects_in_memory_that_was_reserved(kv_model: BudgetModel) -> None:
+def test_one_sequence_at_a_time_selects(kv_model: BudgetModel) -> None:
     with kv_model.context(256, BUDGET, n_seq=4, ubatch=64) as context:
         context.set_step(5)
-        memory = allocated(context)
         for sequence in range(4):
             context.read(tokens(200), sequence)
         counts = [selecting(context, [Part(sequence, tokens(5, step)) for sequence in range(4)]) for step in range(120)]
         assert max(counts) == 1
         assert sum(counts) >= 4 * 3
+
+
+def test_memory_is_reserved(kv_model: BudgetModel) -> None:
+    """More than prompts need where each layer has a mask of its own."""
+    with kv_model.context(1024, Budget((300, 600, 900)), n_seq=4, ubatch=64) as context:
+        before = allocated(context)
+        context.set_step(MOST)
+        memory = allocated(context)
+        assert memory > before
+        context.decode(*(Part(sequence, tokens(1000)) for sequence in range(4)))
+        for n in (MOST, 3, MOST):
+            context.decode(*(Part(sequence, tokens(n)) for sequence in range(4)), every=True)
         assert allocated(context) == memory
+
+
+def test_who_has_no_queries_does_not_select_early(kv_model: BudgetModel) -> None:
+    """Of three that would take turns, one has had all that its ring held removed."""
+    with kv_model.context(256, Budget((200, 200, 200), slack=MOST), n_seq=3, ubatch=64) as context:
+        context.set_step(MOST)
+        for sequence, (count, removed) in enumerate(((50, 0), (55, 25), (30, 0))):
+            context.read(tokens(199), sequence)
+            for at in range(0, count, 5):
+                context.read(tokens(5, at), sequence)
+            assert context.remove(sequence, 199 + count - removed)
+        context.decode(*(Part(sequence, tokens(MOST)) for sequence in range(3)))
+        assert [context.rows(sequence)[0] for sequence in range(3)] == [200 + 16, 229 + 16, 229 + 16]
 
 
 @pytest.mark.parametrize("n", [1, 6, MOST])
