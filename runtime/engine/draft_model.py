@@ -21,8 +21,8 @@ _logger = logging.getLogger(__name__)
 
 #: A token that the draft model gives less probability ends the draft.
 THRESHOLD = 0.4
-# tokens that a call of draft reads before it drafts; what is missing beyond is read a piece in every call
-_INLINE = 16
+# tokens that a call of draft reads before it drafts; where more are missing there is a reader
+_INLINE = 8
 # failed computations in a row after which it is left alone
 _FAILURES = 3
 
@@ -92,19 +92,14 @@ class DraftModel:
     def _missing(self, wanted: Wanted) -> list[int]:
         """Return the tokens to decode before drafting; none when there is too much to read, or no room."""
         slot, tokens = self._slots[wanted.slot], wanted.tokens
-        if slot.reader is not None and not slot.reader.reads(tokens):
-            slot.reader.cancel()
-        if slot.reader is None:
-            held = self._align(wanted.slot, tokens)
-            if self._room(len(tokens)) < 1 or max(tokens[held:]) >= self.model.vocab.n_tokens:
-                return []
-            if len(tokens) - held <= _INLINE:
-                slot.agreed = len(tokens)
-                return list(tokens[held:])
-            slot.reader = self._begin(wanted.slot, tokens)
         if slot.reader is not None:
-            slot.reader.step()
-        return []
+            return []
+        held = self._align(wanted.slot, tokens)
+        missing = tokens[held : held + _INLINE + 1]
+        if len(missing) > _INLINE or self._room(len(tokens)) < 1 or max(missing) >= self.model.vocab.n_tokens:
+            return []
+        slot.agreed = len(tokens)
+        return list(missing)
 
     def _align(self, index: int, tokens: Sequence[int]) -> int:
         """Remove what a slot holds beyond these tokens without their last one; return how many it holds then."""
@@ -162,18 +157,20 @@ class DraftModel:
                 each.todo = [token] if len(each.found) < each.limit else []
 
     def reader(self, slot: int, tokens: Sequence[int]) -> Reader | None:
-        """Return the reading of what a slot does not hold of a prompt, None when that is little or cannot be done."""
+        """Return the reading of what a slot does not hold of these tokens, None when that is little or impossible."""
         if self._failures >= _FAILURES or not tokens:
             return None
         state = self._slots[slot]
         if state.reader is not None:
+            if state.reader.reads(tokens):
+                return state.reader
             state.reader.cancel()
         try:
             if len(tokens) - self._align(slot, tokens) > _INLINE:
                 state.reader = self._begin(slot, tokens)
         except ZigguratError as error:
             self._fail([slot], error)
-        return state.reader
+        return self._slots[slot].reader
 
     def _begin(self, index: int, tokens: Sequence[int]) -> _PromptReader | None:
         """Begin to read after what a slot holds; None when the tokens do not fit, or as many are read as may."""

@@ -7,7 +7,7 @@ that a repetition is continued whatever its period.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ziggurat.runtime.engine.speculation import Reader, Wanted, common_prefix
 
@@ -22,10 +22,12 @@ _BITS = 21
 class NgramDrafter:
     """Proposes the continuation of the longest, most recent earlier occurrence of a sequence's end.
 
-    Takes about 300 bytes of memory for each token of a slot.
+    Never one of ``ends``: the model chooses an end after the last accepted token anyway. Takes about 300 bytes of
+    memory for each token of a slot.
     """
 
-    def __init__(self, lengths: Sequence[int] = LENGTHS) -> None:
+    def __init__(self, ends: Collection[int] = (), lengths: Sequence[int] = LENGTHS) -> None:
+        self._ends = frozenset(ends)
         self._lengths = tuple(sorted(lengths, reverse=True))
         self._slots: dict[int, _Index] = {}
 
@@ -35,7 +37,8 @@ class NgramDrafter:
 
     def _draft(self, wanted: Wanted) -> list[int]:
         index = self._index(wanted.slot, wanted.tokens)
-        return index.continuation(wanted.limit) if index.grow(_PIECE) else []
+        found = index.continuation(wanted.limit) if index.grow(_PIECE) else []
+        return found[: next((at for at, token in enumerate(found) if token in self._ends), None)]
 
     def reader(self, slot: int, tokens: Sequence[int]) -> Reader | None:
         """Return the indexing of a long prompt."""
