@@ -18,9 +18,13 @@ _PADDING = 1024
 
 
 def draft_settings(settings: ContextSettings, policy: KVPolicy | None, n_layer: int) -> ContextSettings:
-    """Return what a draft's context is made with: the target's settings, and the policy's rows for its own layers."""
+    """Return what a draft's context is made with: the target's settings, and the policy's rows for its own layers.
+
+    One prompt is read at a time, and may follow what its sequence holds.
+    """
     if policy is None:
         return replace(settings, kv=None)
+    policy = replace(policy, reading=1, copies=1)
     return replace(settings, kv=policy.settings(policy.rows(n_layer, settings.n_ctx)))
 
 

@@ -185,13 +185,14 @@ class DraftModel:
         return _PromptReader(self, index, tokens)
 
     def read(self, reader: _PromptReader) -> bool:
-        """Do one piece of a prompt: a ubatch, with a KV budget one in one layer. True when it is read or given up."""
+        """Do one piece of a prompt: a ubatch, with a KV budget as much. True when it is read or given up."""
         slot = self._slots[reader.slot]
         if slot.reader is not reader:
             return True
         try:
             if self.context.kv_active:
-                progress = self.context.prompt_step(reader.slot, 1)
+                # fewer layers at a time would take longer than the sequence takes to have new tokens
+                progress = self.context.prompt_step(reader.slot, self.model.n_layer)
                 reader.progress = progress.fraction
                 if progress.finished:
                     slot.held[:] = reader.tokens

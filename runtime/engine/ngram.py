@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from ziggurat.runtime.engine.speculation import Reader, Wanted, common_prefix
 
 #: Lengths of the matches that are looked for, in this order.
-LENGTHS = (4, 3, 2)
+LENGTHS = (4, 3)
 # tokens indexed in one step of a reader, which takes a few milliseconds
 _PIECE = 4096
 # of a token id in a key
@@ -22,7 +22,7 @@ _BITS = 21
 class NgramDrafter:
     """Proposes the continuation of the longest, most recent earlier occurrence of a sequence's end.
 
-    Never one of ``ends``: the model chooses an end after the last accepted token anyway. Takes about 300 bytes of
+    Never one of ``ends``: the model chooses an end after the last accepted token anyway. Takes about 200 bytes of
     memory for each token of a slot.
     """
 
