@@ -67,6 +67,8 @@ class DraftModel:
         self._ends = frozenset(model.vocab.eog_tokens())
         layout = context.kv_layout()
         self._endless = layout is not None and layout.stage_rows > 0
+        self._capacity = context.kv_capacity()
+        context.set_step(_INLINE)
         self._failures = 0
 
     def draft(self, wanted: Sequence[Wanted]) -> list[list[int]]:
@@ -79,7 +81,9 @@ class DraftModel:
             for each, found in zip(wanted, drafts, strict=True):
                 todo = self._missing(each)
                 if todo:
-                    ready.append(_Draft(each.slot, todo, min(each.limit, self._room(len(each.tokens))), found))
+                    limit = min(each.limit, self._room(len(each.tokens)))
+                    self._make_room(each.slot, len(todo) + limit)
+                    ready.append(_Draft(each.slot, todo, limit, found))
             while any(each.todo for each in ready):
                 self._step(ready)
             if ready:
@@ -118,19 +122,22 @@ class DraftModel:
         """Return how many tokens can be drafted after so many: the last one is never decoded."""
         return n_tokens if self._endless else self.context.n_ctx_allocated - n_tokens + 1
 
-    def _step(self, drafts: Sequence[_Draft]) -> None:
-        """Decode what is to be decoded, as much as one batch takes, and choose for those that have nothing left.
+    def _make_room(self, slot: int, n_tokens: int) -> None:
+        """With a KV budget, select rows before a draft that would need it: behind it, nothing could be taken back."""
+        rows = self.context.kv_rows(slot)
+        if any(used + n_tokens > most for used, most in zip(rows, self._capacity, strict=True)):
+            self.context.kv_select(slot)
 
-        With a KV budget several tokens would be a prompt, after which rows are selected: they go one by one there.
-        """
+    def _step(self, drafts: Sequence[_Draft]) -> None:
+        """Decode what is to be decoded, as much as one batch takes, and choose for those that have nothing left."""
         batch = self._batch
         batch.clear()
         parts = []
         chosen = []
         for each in drafts:
             held = self._slots[each.slot].held
-            part = each.todo[: 1 if self.context.kv_active else batch.capacity - len(batch)]
-            if not part or len(batch) == batch.capacity:
+            part = each.todo[: batch.capacity - len(batch)]
+            if not part:
                 continue
             del each.todo[: len(part)]
             batch.add(part, len(held), each.slot, output_last=not each.todo)

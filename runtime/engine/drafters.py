@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ziggurat.runtime.engine.draft_loader import load_draft
 from ziggurat.runtime.engine.drafting import Drafting
 from ziggurat.runtime.engine.ngram import NgramDrafter
-from ziggurat.runtime.engine.speculation import Drafter, Either
+from ziggurat.runtime.engine.speculation import Drafter
 
 if TYPE_CHECKING:
     from ziggurat.runtime.engine.loader import Loaded
@@ -19,10 +19,10 @@ def make_drafting(loaded: Loaded, settings: EngineSettings) -> Drafting | None:
 
     Raises what ``load_draft`` raises.
     """
-    drafters: list[Drafter] = [NgramDrafter()] if settings.prompt_lookup else []
+    drafters: list[Drafter] = []
+    if settings.prompt_lookup:
+        drafters.append(NgramDrafter(loaded.model.vocab.eog_tokens()))
     if settings.draft_model is not None:
         context, policy = loaded.contexts.settings, loaded.contexts.policy
         drafters.append(load_draft(settings.draft_model, loaded.model, context, policy, gpu_layers=settings.gpu_layers))
-    if not drafters:
-        return None
-    return Drafting(drafters[0] if len(drafters) == 1 else Either(*drafters), settings.draft_max)
+    return Drafting(drafters, settings.draft_max) if drafters else None

@@ -246,8 +246,6 @@ class Scheduler:
             worked, now = True, self._clock()
             if now - begun + (now - before) > limit:
                 return True
-        if self._drafting is not None and not worked:
-            worked = self._drafting.prepare()
         return worked
 
     def _advance(self, generation: Generation) -> None:

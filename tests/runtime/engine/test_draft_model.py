@@ -269,6 +269,16 @@ def test_a_budget_reads_in_steps_and_never_ends(bounded: DraftModel) -> None:
     assert all(used <= most for used, most in zip(rows, allocated, strict=True))
 
 
+def test_drafts_can_be_taken_back_wherever_rows_are_selected(bounded: DraftModel) -> None:
+    read(bounded, 0, LONG)
+    tokens = [*LONG, 17]
+    for count in range(200):
+        draft = one(bounded, tokens, 15)
+        assert len(draft) == 15
+        tokens += [*draft[: count % 4], 17]
+        assert bounded.reader(0, tokens) is None  # not read anew
+
+
 def test_short_sequences_get_the_models_own_choice_with_a_budget(bounded: DraftModel, spm_model: Model) -> None:
     tokens = list(PROMPTS[0])
     read(bounded, 0, tokens)

@@ -134,7 +134,7 @@ def test_a_draft_that_fails_is_no_fault_of_the_request(spm_path: Path, monkeypat
     with serving(spm_path) as engine:
         wanted = finish(engine, ask(prompt(60), 20))
     with serving(spm_path, draft_model=spm_path) as engine:
-        drafts = engine._worker.scheduler._drafting._drafter.context  # type: ignore[union-attr]
+        drafts = engine._worker.scheduler._drafting.speculation._sources[0].drafter.context  # type: ignore[union-attr]
         original = Context.decode
 
         def decode(context: Context, batch: Any) -> None:
