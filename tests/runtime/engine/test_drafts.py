@@ -13,7 +13,7 @@ from helpers import tiny_models
 from helpers.greedy import Answer, agree, answer, shared
 from ziggurat.runtime.bindings import Context
 from ziggurat.runtime.budget import Budget
-from ziggurat.runtime.engine import GenerationRequest, drafting
+from ziggurat.runtime.engine import GenerationRequest, speculation
 from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
 from ziggurat.runtime.errors import DecodeError
 from ziggurat.runtime.kv_policy import KVPolicy
@@ -38,7 +38,7 @@ def finish(engine: LlamaEngine, request: GenerationRequest) -> Answer:
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft as much as there may be, whether it pays on this machine or not."""
-    monkeypatch.setattr(drafting, "shares", lambda _paces, limits, _costs, _others: list(limits))
+    monkeypatch.setattr(speculation, "shares", lambda _paces, limits, _costs, **_: list(limits))
 
 
 @contextmanager
