@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import threading
 import weakref
 from collections import deque
@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+_logger = logging.getLogger(__name__)
 
 
 class Channel(Generic[Item]):
@@ -29,7 +30,8 @@ class Channel(Generic[Item]):
         with self._ready:
             if not self._ended:
                 self._items.append(item)
-                self._notify()
+                if len(self._items) == 1:  # with more there it is awake
+                    self._notify()
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing follows; ``error`` is raised at the consumer after the items before it. The first end counts."""
@@ -41,8 +43,10 @@ class Channel(Generic[Item]):
     def _notify(self) -> None:
         self._ready.notify_all()
         if self._wake is not None:
-            with contextlib.suppress(RuntimeError):  # the consumer's event loop was closed
+            try:
                 self._wake()
+            except Exception as error:  # the consumer's fault, such as a closed event loop, is not the producer's
+                _logger.debug("a consumer cannot be woken: %s", error)
 
     def take(self, *, wait: bool) -> Item | None:
         """Return the next item, or None if there is none yet and ``wait`` is off. Raises StopIteration or the error."""
