@@ -55,6 +55,8 @@ class Context:
         self.loras = model.loras
         lora.attach(handle, self.loras)
         model.register(self)
+        if settings.n_step > 1 and not model.simulated:
+            self.set_step(settings.n_step)
 
     @property
     def handle(self) -> Any:

@@ -31,6 +31,8 @@ class ContextSettings:
     sliding-window layers as well. ``kv`` bounds the rows that stay of a prompt: ``n_ctx`` then bounds the prompt alone,
     and ``n_batch`` is raised to it unless prompts are read in chunks, so that a whole one can be a batch.
 
+    ``n_step`` tokens of a sequence at most are decoded at a time; see ``Context.set_step``.
+
     ``pooling``, a key of ``POOLINGS``, makes a context for embeddings, whose sequences share ``n_ctx`` rows: what a
     batch gives is a vector for each of its sequences, right if all its tokens are computed at once.
     """
@@ -46,12 +48,13 @@ class ContextSettings:
     n_threads_batch: int | None = None
     swa_full: bool = False
     kv: KVSettings | None = None
+    n_step: int = 1
     pooling: str | None = None
 
     def __post_init__(self) -> None:
         if self.kv is not None and self.kv.prefill != "chunked" and self.n_batch < self.n_ctx:
             object.__setattr__(self, "n_batch", self.n_ctx)
-        for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads"):
+        for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads", "n_step"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("n_batch", "n_ubatch"):

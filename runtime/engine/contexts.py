@@ -31,8 +31,7 @@ class Serving:
 class Contexts:
     """Makes contexts for one model.
 
-    ``shape`` is None for models without attention. At most ``step`` tokens of a sequence are decoded at a time. Raises
-    what making a context raises. The model frees what is left.
+    ``shape`` is None for models without attention. Raises what making a context raises. The model frees what is left.
     """
 
     def __init__(
@@ -41,12 +40,9 @@ class Contexts:
         shape: plan.KVShape | None,
         settings: ContextSettings,
         policy: KVPolicy | None,
-        *,
-        step: int = 1,
     ) -> None:
         self._model, self._shape = model, shape
         self.settings, self.policy = settings, policy
-        self._step = step
         self._serving: Serving | None = None
 
     def for_prompt(self, n_tokens: int) -> Serving:
@@ -75,7 +71,6 @@ class Contexts:
 
     def _make(self, settings: ContextSettings) -> Serving:
         context = Context(self._model, settings)
-        context.set_step(self._step)
         kv, layout = self._figures(context), context.kv_layout()
         kept = layout.kept_bytes if layout is not None else kv.full * settings.n_seq_max
         allocated = layout.total_bytes if layout is not None else kept

@@ -95,7 +95,7 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
         )
         context = settings.context(n_ctx)
         embedder = Embedder(model, context, settings.pooling) if settings.embeddings else None
-        contexts = Contexts(model, shape, context, settings.kv, step=settings.step)
+        contexts = Contexts(model, shape, context, settings.kv)
         prompts = PromptEncoder(model.vocab, model.chat_template)
         return Loaded(model, contexts, prompts, info, expected, embedder)
     except BaseException:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ziggurat.runtime.engine.admission import Inbox, Job
 from ziggurat.runtime.engine.contexts import Serving
+from ziggurat.runtime.engine.counts import Counts, presentable
 from ziggurat.runtime.engine.decoding import Decoding
 from ziggurat.runtime.engine.drafting import Drafting
 from ziggurat.runtime.engine.generation import Generation, not_begun
@@ -25,27 +26,12 @@ from ziggurat.runtime.engine.protocol import FinishEvent
 from ziggurat.runtime.engine.rates import Rate
 from ziggurat.runtime.engine.reuse import LEAST_FORK
 from ziggurat.runtime.engine.slots import Slots
-from ziggurat.runtime.errors import DecodeAborted, EngineError, RequestTimeoutError, ZigguratError
+from ziggurat.runtime.errors import DecodeAborted, RequestTimeoutError, ZigguratError
 
 _logger = logging.getLogger(__name__)
 
 # how many of those that wait are looked at for a short one
 _LOOK_AHEAD = 8
-
-
-@dataclass
-class Counts:
-    """What was served, since the engine was loaded; see ``EngineStats``."""
-
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    evicted_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,22 +191,11 @@ class Scheduler:
         self._report(generation.job, event, error)
 
     def _report(self, job: Job, event: FinishEvent, error: Exception | None) -> None:
-        counts, stats = self.counts, event.stats
-        if error is not None:
-            counts.failed += 1
-        elif event.reason == "cancelled":
-            counts.cancelled += 1
-        else:
-            counts.finished += 1
-        for name in ("generated_tokens", "drafted_tokens", "accepted_tokens", "evicted_rows"):
-            setattr(counts, name, getattr(counts, name) + getattr(stats, name))
-        if stats.kv_rows_per_layer:
-            counts.prompt_tokens += stats.prompt_tokens
-            counts.reused_tokens += stats.reused_tokens
+        self.counts.add(event, failed=error is not None)
         self._inbox.end(job)
         if error is None:
             job.channel.push(event)
-        job.channel.end(None if error is None else _presentable(error))
+        job.channel.end(None if error is None else presentable(error))
 
     # work
 
@@ -317,11 +292,3 @@ def _late(job: Job, now: float) -> bool:
 
 def _timeout(job: Job, did: str) -> RequestTimeoutError:
     return RequestTimeoutError(f"the request {did} longer than the {job.request.timeout_s:g} s that it had")
-
-
-def _presentable(error: Exception) -> ZigguratError:
-    if isinstance(error, ZigguratError):
-        return error
-    shown = EngineError(f"the engine failed on this request: {type(error).__name__}: {error}")
-    shown.__cause__ = error
-    return shown

@@ -88,11 +88,6 @@ class EngineSettings:
         asked = self.kv.reading if self.kv is not None else None
         return min(asked or 2, self.parallel)
 
-    @property
-    def step(self) -> int:
-        """Tokens of a sequence that are decoded at a time."""
-        return 1 + self.draft_max if self.prompt_lookup or self.draft_model is not None else 1
-
     def ctx_of(self, n_ctx_train: int) -> int:
         """Return the context of a conversation for a model trained with one of so many tokens (0: unknown)."""
         return self.n_ctx or min(n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
@@ -108,4 +103,5 @@ class EngineSettings:
             type_v=self.type_v,
             flash_attention=self.flash_attention,
             n_threads=self.threads or default_threads(),
+            n_step=1 + self.draft_max if self.prompt_lookup or self.draft_model is not None else 1,
         )

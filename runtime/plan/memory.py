@@ -276,13 +276,13 @@ def _kv(
 
 
 def _output(model: Outline, settings: ContextSettings) -> int:
-    """Logits of one token per conversation; a batch that asks for more lets the buffer grow.
+    """Logits of the tokens that every conversation decodes at a time; a batch that asks for more lets the buffer grow.
 
     A context for embeddings has them, and hidden states, of every token that it computes at once.
     """
     if settings.pooling is not None:
         return (model.n_vocab + model.n_embd) * min(settings.n_ubatch, padded(settings.n_ctx)) * _F32
-    return model.n_vocab * settings.n_seq_max * _F32
+    return model.n_vocab * settings.n_seq_max * settings.n_step * _F32
 
 
 def _split(
