@@ -73,6 +73,13 @@ class Sampler:
             return None  # nothing but an end could follow, and that is forbidden or unknown here
         raise UnsupportedError("the model's vocabulary has no token with which the grammar could go on")
 
+    def attach(self, context: Context, sequence: int) -> None:
+        """Let the samplers work within the context from its next batch on; see ``SamplerChain.attach``.
+
+        ``device_sampling.unsupported`` has to allow it. ``close`` before the sequence is anybody else's.
+        """
+        self._chain.attach(context, sequence)
+
     def close(self) -> None:
         """Free the samplers. Idempotent."""
         self._chain.close()
@@ -92,7 +99,7 @@ def build_chain(
     keep = params.min_keep
     n_vocab = vocab.n_tokens
     chain = SamplerChain().logit_bias(biases, n_vocab)
-    if _penalizes(params):
+    if penalizes(params):
         last_n = _length(params.repeat_last_n, n_ctx)
         chain.penalties(
             n_vocab, last_n, params.repeat_penalty, params.frequency_penalty, params.presence_penalty
@@ -154,14 +161,15 @@ def _named_tokens(grammar: Grammar, vocab: Vocab) -> frozenset[int]:
     return frozenset(found)
 
 
-def _penalizes(params: SamplingParams) -> bool:
+def penalizes(params: SamplingParams) -> bool:
+    """Whether tokens that occurred before are penalized."""
     off = params.repeat_penalty == 1 and params.frequency_penalty == 0 == params.presence_penalty
     return not off and params.repeat_last_n != 0
 
 
 def _window(params: SamplingParams, n_ctx: int) -> int:
     """Return how many tokens back the samplers look."""
-    penalties = _length(params.repeat_last_n, n_ctx) if _penalizes(params) else 0
+    penalties = _length(params.repeat_last_n, n_ctx) if penalizes(params) else 0
     return max(penalties, _length(params.dry_penalty_last_n, n_ctx) if params.dry_multiplier > 0 else 0)
 
 

@@ -52,11 +52,18 @@ class Context:
         self._outputs: frozenset[int] = frozenset()
         cache = kv.Cache(handle, model.n_layer) if settings.kv is not None else None
         self._cache = cache if cache is not None and cache.active else None
+        #: Chains that work within the context, by sequence; kept alive here because the library keeps pointers.
+        self.samplers: dict[int, object] = {}
         self.loras = model.loras
         lora.attach(handle, self.loras)
         model.register(self)
         if settings.n_step > 1 and not model.simulated:
             self.set_step(settings.n_step)
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return not self._free.alive
 
     @property
     def handle(self) -> Any:
@@ -68,6 +75,7 @@ class Context:
     def close(self) -> None:
         """Free the cache and the compute buffers. Idempotent."""
         self._free()
+        self.samplers.clear()
 
     def __enter__(self) -> Context:
         return self

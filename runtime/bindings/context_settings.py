@@ -96,6 +96,8 @@ def fill(params: Any, settings: ContextSettings) -> object:
     params.type_v = CACHE_TYPES[settings.type_v]
     params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
     params.swa_full = settings.swa_full
+    # Above 1 the library's samplers draw anew when a batch that was aborted is computed again, instead of going on.
+    params.n_outputs_max_per_seq = 2
     params.kv_unified = params.embeddings = settings.pooling is not None
     params.pooling_type = POOLINGS[settings.pooling or "model"]
     params.no_perf = True

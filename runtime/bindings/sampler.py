@@ -10,6 +10,7 @@ from typing import Any
 from ziggurat.runtime.bindings import library
 from ziggurat.runtime.bindings.context import Context
 from ziggurat.runtime.bindings.vocab import Vocab
+from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
 
 #: Below this part of the likeliest token's probability a token is as good as impossible.
 _IMPOSSIBLE = 1e-30
@@ -32,6 +33,8 @@ class SamplerChain:
         self._free = weakref.finalize(self, lib.llama_sampler_free, self.handle)
         # Not at exit: finalizers run latest first there, which would free the chain under an engine still sampling.
         self._free.atexit = False
+        self._place: tuple[Context, int] | None = None
+        self._spent = False
 
     def _add(self, sampler: Any) -> SamplerChain:
         self._lib.llama_sampler_chain_add(self.handle, sampler)
@@ -128,6 +131,37 @@ class SamplerChain:
         """Choose a token from the logits at ``index`` of the last batch, and let the samplers remember it."""
         return int(self._lib.llama_sampler_sample(self.handle, context.handle, context.output_index(index)))
 
+    def attach(self, context: Context, sequence: int) -> None:
+        """Let the samplers work within the context's graph, on its device, for one sequence, from the next batch on.
+
+        ``sample`` goes on as before, and nothing else changes but that the sequence's logits cannot be read and that no
+        batch may ask for more than two of its outputs. The library supports some samplers only, and some are others
+        there (``runtime.device_sampling`` says which are the same). It plans its memory anew at the next batch, which
+        takes milliseconds. Once attached a chain works nowhere else: ``close`` is all that may follow ``detach``.
+
+        Raises UnsupportedError with a KV budget, and when the library refuses; InvalidRequestError for a chain that was
+        attached before, and a sequence that has another.
+        """
+        if context.kv_active:
+            raise UnsupportedError("samplers do not work within a context that has a KV budget")
+        if self._spent or sequence in context.samplers or not 0 <= sequence < context.settings.n_seq_max:
+            raise InvalidRequestError(f"sequence {sequence} cannot take this chain of samplers")
+        self._spent = True
+        if not self._lib.llama_set_sampler(context.handle, sequence, self.handle):
+            raise UnsupportedError("the library does not let these samplers work within a context")
+        self._place = context, sequence
+        context.samplers[sequence] = self
+
+    def detach(self) -> None:
+        """Take the chain out of its context. Idempotent."""
+        place, self._place = self._place, None
+        if place is None or place[0].closed:
+            return
+        context, sequence = place
+        self._lib.llama_set_sampler(context.handle, sequence, None)
+        del context.samplers[sequence]
+
     def close(self) -> None:
-        """Free the chain. Idempotent."""
+        """Take the chain out of its context and free it. Idempotent."""
+        self.detach()
         self._free()
