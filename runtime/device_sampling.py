@@ -7,6 +7,7 @@ are the same, but for rounding: the draw adds up probabilities in floats there a
 
 from __future__ import annotations
 
+from ziggurat.runtime.bindings import kv
 from ziggurat.runtime.sampler import penalizes
 from ziggurat.runtime.sampling import SamplingParams
 
@@ -50,7 +51,7 @@ def worthwhile(*, n_gpu_layers: int | None, n_layer: int, has_gpu: bool, kv_budg
     """Whether a context with these can have samplers in its graph, and gains by it.
 
     It does where the logits are computed on a GPU: ``n_gpu_layers`` (None: all) count the output as the last layer.
-    With a KV budget the graphs of prompts are cut after they are made, in a way that samplers do not survive.
+    Raises LibraryError without a library.
     """
     on_gpu = has_gpu and (n_gpu_layers is None or n_gpu_layers > n_layer)
-    return on_gpu and not kv_budget and not drafts
+    return on_gpu and not drafts and (not kv_budget or kv.takes_samplers())

@@ -130,9 +130,14 @@ static void cut(const ziggurat_kv_context * mctx, const llm_graph_params & param
     const auto keep = needed(layer_roots(gf, *input, il), in);
 
     std::vector<ggml_tensor *> nodes;
+    std::vector<ggml_tensor *> idle; // there for the graph's shape alone: samplers of sequences without an output
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
-        if (keep.count(ggml_graph_node(gf, i)) > 0) {
-            nodes.push_back(ggml_graph_node(gf, i));
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (keep.count(node) > 0) {
+            nodes.push_back(node);
+            if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) {
+                idle.push_back(node);
+            }
         }
     }
 
@@ -154,6 +159,9 @@ static void cut(const ziggurat_kv_context * mctx, const llm_graph_params & param
     // in the old order, which puts writes into the cache before reads
     for (auto * node : nodes) {
         ggml_build_forward_expand(gf, node);
+    }
+    for (auto * node : idle) {
+        node->flags &= ~GGML_TENSOR_FLAG_COMPUTE; // what they read was never set
     }
     if (!is_last) {
         ggml_build_forward_expand(gf, ggml_cpy(ctx, out, place));

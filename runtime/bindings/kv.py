@@ -67,6 +67,13 @@ def available() -> bool:
         return False
 
 
+def takes_samplers() -> bool:
+    """Whether samplers may be in a graph that is cut into layers; before ziggurat.5 they read what was never set."""
+    version = library.probe().ziggurat_version or ""
+    number = version.rpartition(".")[2]
+    return number.isdecimal() and int(number) >= 5
+
+
 def require() -> None:
     """Raise LibraryError, with the remedy in it, unless the library has budgets."""
     _functions()

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ziggurat.runtime.bindings import library
+from ziggurat.runtime.bindings import kv, library
 from ziggurat.runtime.bindings.context import Context
 from ziggurat.runtime.bindings.vocab import Vocab
 from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
@@ -139,11 +139,15 @@ class SamplerChain:
         there (``runtime.device_sampling`` says which are the same). It plans its memory anew at the next batch, which
         takes milliseconds. Once attached a chain works nowhere else: ``close`` is all that may follow ``detach``.
 
-        Raises UnsupportedError with a KV budget, and when the library refuses; InvalidRequestError for a chain that was
-        attached before, and a sequence that has another.
+        With a KV budget that is for after the prompt: read in one batch, it would draw once for every layer.
+
+        Raises UnsupportedError with a KV budget and a library from before ziggurat.5, and when the library refuses;
+        InvalidRequestError for a chain that was attached before, and a sequence that has another.
         """
-        if context.kv_active:
-            raise UnsupportedError("samplers do not work within a context that has a KV budget")
+        if context.kv_active and not kv.takes_samplers():
+            raise UnsupportedError(
+                f"this library has no samplers within a context that has a KV budget: {library.PATCHED_REMEDY}"
+            )
         if self._spent or sequence in context.samplers or not 0 <= sequence < context.settings.n_seq_max:
             raise InvalidRequestError(f"sequence {sequence} cannot take this chain of samplers")
         self._spent = True

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ziggurat.runtime.bindings import Context, ContextSettings, KVSettings, Model, SamplerChain, library
+from ziggurat.runtime.bindings import Context, ContextSettings, KVSettings, Model, SamplerChain, kv, library
 from ziggurat.runtime.device_sampling import unsupported, worthwhile
 from ziggurat.runtime.errors import DecodeAborted, DecodeError, InvalidRequestError, UnsupportedError
 from ziggurat.runtime.sampler import Sampler
@@ -108,12 +108,15 @@ def test_log_probabilities_stay_outside() -> None:
     assert "log-probabilities" in str(unsupported(SamplingParams(), 1000, logprobs=True))
 
 
-def test_where_it_is_worthwhile() -> None:
+def test_where_it_is_worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv, "takes_samplers", lambda: False)
     best: dict[str, Any] = {"n_gpu_layers": None, "n_layer": 32, "has_gpu": True, "kv_budget": False, "drafts": False}
     assert worthwhile(**best)
     assert worthwhile(**{**best, "n_gpu_layers": 33})
     for worse in ({"n_gpu_layers": 32}, {"has_gpu": False}, {"kv_budget": True}, {"drafts": True}):
         assert not worthwhile(**{**best, **worse})
+    monkeypatch.setattr(kv, "takes_samplers", lambda: True)
+    assert worthwhile(**{**best, "kv_budget": True})
 
 
 def test_a_chain_has_one_place(spm_model: Model) -> None:
@@ -178,8 +181,69 @@ def test_a_batch_that_was_aborted_is_drawn_anew(spm_model: Model) -> None:
     assert tokens(attach=True, abort_at=7) == tokens(attach=False, abort_at=-1)
 
 
+def generate_with_a_budget(model: Model, params: dict[str, Any], *, attach: bool) -> list[list[int]]:
+    """Three sequences whose prompts are read in steps one after the other, while those before them go on."""
+    samplers = [Sampler(SamplingParams(**params, seed=seed), model.vocab, 256) for seed in range(3)]
+    chosen: list[list[int]] = []
+    with Context(model, replace(SETTINGS, kv=KVSettings((60, 40), window=16))) as context:
+        batch = context.new_batch()
+
+        def decode(n: int) -> None:
+            for _ in range(n):
+                batch.clear()
+                indices = [
+                    batch.add(tokens[-1:], context.last_position(sequence) + 1, sequence, output_last=True)
+                    for sequence, tokens in enumerate(chosen)
+                ]
+                if indices:
+                    context.decode(batch)
+                for sequence, index in enumerate(indices):
+                    token = samplers[sequence].sample(context, index)
+                    assert token is not None
+                    chosen[sequence].append(token)
+
+        for sequence, sampler in enumerate(samplers):
+            context.prompt_begin(sequence, [*PROMPT, *PROMPT, 3 + sequence])
+            while not context.prompt_step(sequence, 1).finished:
+                decode(1)
+            token = sampler.sample(context, -1)
+            assert token is not None
+            chosen.append([token])
+            if attach:
+                sampler.attach(context, sequence)
+        decode(40)
+        for sampler in samplers:
+            sampler.close()
+    return chosen
+
+
 @pytest.mark.usefixtures("budgets")
-def test_not_with_a_budget(spm_model: Model) -> None:
+@pytest.mark.parametrize("name", SAME)
+def test_the_tokens_are_the_same_with_a_budget(spm_model: Model, name: str) -> None:
+    if not kv.takes_samplers():
+        pytest.skip("this llama.cpp cuts graphs without regard to samplers")
+    wanted = generate_with_a_budget(spm_model, SAME[name], attach=False)
+    assert generate_with_a_budget(spm_model, SAME[name], attach=True) == wanted
+
+
+@pytest.mark.usefixtures("budgets")
+def test_not_with_a_budget_and_an_older_library(spm_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv, "takes_samplers", lambda: False)
     with Context(spm_model, replace(SETTINGS, kv=KVSettings((60, 40), window=16))) as context:
-        with pytest.raises(UnsupportedError, match="a context that has a KV budget"):
+        with pytest.raises(UnsupportedError, match="no samplers within a context that has a KV budget"):
             SamplerChain().greedy().attach(context, 0)
+
+
+@pytest.mark.parametrize(
+    ("version", "takes"),
+    [
+        (None, False),
+        ("0.3.36+ziggurat.4", False),
+        ("0.3.36+ziggurat.5", True),
+        ("0.3.36+ziggurat.12", True),
+        ("x", False),
+    ],
+)
+def test_the_library_that_takes_samplers(version: str | None, takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "probe", lambda: library.LibraryInfo("", "", "", version))
+    assert kv.takes_samplers() == takes
