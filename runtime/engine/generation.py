@@ -9,12 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ziggurat.runtime.bindings import Context
+from ziggurat.runtime.device_sampling import unsupported
 from ziggurat.runtime.engine.admission import Job
 from ziggurat.runtime.engine.prefill import PromptReader
 from ziggurat.runtime.engine.protocol import FinishReason, GenerationStats, TokenEvent
 from ziggurat.runtime.engine.slots import Slot
 from ziggurat.runtime.engine.text import TextAssembler
 from ziggurat.runtime.logprobs import token_logprobs
+
+# tokens for which moving the samplers to the device, which plans its memory anew, does not pay
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,16 @@ class Generation:
         if wanted is None:
             return TokenEvent(token, text)
         return TokenEvent(token, text, token_logprobs(self._context.logits(index), token, wanted, self._vocab))
+
+    def sample_on_device(self) -> None:
+        """Have the next tokens chosen where the logits are, if the samplers are the same there and it is worth it."""
+        request = self.job.request
+        few = request.max_tokens is not None and request.max_tokens < _FEW
+        if (
+            not few
+            and unsupported(request.sampling, self._vocab.n_tokens, logprobs=request.logprobs is not None) is None
+        ):
+            self.job.sampler.attach(self._context, self.slot.index)
 
     def _is_full(self) -> bool:
         limit = self.job.request.max_tokens

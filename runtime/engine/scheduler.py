@@ -48,7 +48,7 @@ class Scheduler:
     """Serves the requests of an inbox with one context; ``tick`` is called by the thread that owns it.
 
     The context is given to ``use``. With ``serving_for`` it is that which each prompt's length asks for, and nothing of
-    it is used again: that is for one request at a time.
+    it is used again: that is for one request at a time. ``samples_on_device``: see ``device_sampling.worthwhile``.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Scheduler:
         *,
         serving_for: Callable[[int], Serving] | None = None,
         drafting: Drafting | None = None,
+        samples_on_device: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.counts = Counts()
@@ -68,6 +69,7 @@ class Scheduler:
         self.decoding: Decoding | None = None
         self._inbox, self._turns, self._serving_for, self._clock = inbox, turns, serving_for, clock
         self._drafting = drafting
+        self._samples_on_device = samples_on_device
         self._lanes: deque[Generation] = deque()
 
     def use(self, serving: Serving) -> None:
@@ -260,6 +262,8 @@ class Scheduler:
         self._lanes.remove(generation)
         generation.prompt_read(self._rows(slot.index, len(slot.tokens)))
         event = generation.choose(reader.output)
+        if self._samples_on_device and generation.reason is None:
+            generation.sample_on_device()
         if event is not None:
             generation.job.channel.push(event)
         if generation.reason is not None:

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from ziggurat.runtime import device_sampling
+from ziggurat.runtime.bindings import devices, supports_gpu_offload
 from ziggurat.runtime.engine.admission import Inbox
 from ziggurat.runtime.engine.drafters import make_drafting
 from ziggurat.runtime.engine.loader import Loaded, load
@@ -81,7 +83,16 @@ class Worker:
         serving_for = loaded.contexts.for_prompt if settings.one_shot else None
         generates = loaded.info.generates_text
         self._drafting = make_drafting(loaded, settings) if generates else None
-        self.scheduler = Scheduler(self.inbox, turns, serving_for=serving_for, drafting=self._drafting)
+        on_device = device_sampling.worthwhile(
+            n_gpu_layers=settings.gpu_layers,
+            n_layer=loaded.model.n_layer,
+            has_gpu=supports_gpu_offload() and any(device.kind == "gpu" for device in devices()),
+            kv_budget=loaded.contexts.policy is not None,
+            drafts=self._drafting is not None,
+        )
+        self.scheduler = Scheduler(
+            self.inbox, turns, serving_for=serving_for, drafting=self._drafting, samples_on_device=on_device
+        )
         if not settings.one_shot and generates:
             self.scheduler.use(loaded.contexts.for_all())
 

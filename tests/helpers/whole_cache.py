@@ -38,6 +38,9 @@ class WholeCache:
     def removable_from(self, sequence: int) -> int:
         return 0
 
+    def set_step(self, n_tokens: int) -> None:
+        pass
+
     def rows(self, sequence: int) -> tuple[int, ...]:
         memory = library.api().llama_get_memory(self._handle)
         seen = library.api().llama_memory_seq_pos_max(memory, sequence) + 1

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from ziggurat.runtime import device_sampling
+from ziggurat.runtime.bindings import Context
 from ziggurat.runtime.budget import Budget
 from ziggurat.runtime.engine import FinishEvent, GenerationRequest, TokenEvent
 from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
 from ziggurat.runtime.errors import QueueFullError, RequestTimeoutError
 from ziggurat.runtime.kv_policy import KVPolicy
+from ziggurat.runtime.sampler import Sampler
 from ziggurat.runtime.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -137,3 +140,28 @@ def test_many_threads_get_what_they_asked_for(engine: LlamaEngine) -> None:
     for thread in threads:
         thread.join()
     assert [found[place] for place in range(8)] == wanted
+
+
+def test_samplers_can_be_where_the_logits_are(
+    engine: LlamaEngine, kv: KVPolicy | None, spm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; here the device is the CPU."""
+    samplings = [GREEDY, SamplingParams(seed=1), SamplingParams(seed=2, top_k=5, repeat_penalty=1.2)]
+    requests = [ask(tokens(80, salt), 80, sampling=how) for salt, how in enumerate(samplings)]
+    wanted = [finish(engine, request)[0] for request in requests]
+    attached = []
+    original = Sampler.attach
+
+    def attach(sampler: Sampler, context: Context, sequence: int) -> None:
+        attached.append(sampler.params)
+        original(sampler, context, sequence)
+
+    monkeypatch.setattr(Sampler, "attach", attach)
+    monkeypatch.setattr(device_sampling, "worthwhile", lambda **_values: True)
+    settings = EngineSettings(n_ctx=768, n_ubatch=64, threads=1, kv=kv, parallel=4)
+    with LlamaEngine(spm_path, settings) as other:
+        other.load()
+        streams = [other.stream(request) for request in requests]
+        found = [[event.token for event in stream if isinstance(event, TokenEvent)] for stream in streams]
+    assert found == wanted
+    assert len(attached) == 2  # penalties are on the CPU
