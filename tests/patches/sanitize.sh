@@ -13,7 +13,7 @@ folder=$(mkdir -p "${1:?a folder to build in}" && cd "$1" && pwd)
 shift
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-    tests=("$root"/tests/runtime/test_kv_{states,schedules,prompts,endless,sequences,refusals,kept_sets,file}.py "$root"/tests/runtime/test_bindings_kv.py)
+    tests=("$root"/tests/runtime/test_kv_{states,schedules,steps,prompts,endless,sequences,refusals,kept_sets,file}.py "$root"/tests/runtime/test_bindings_kv.py)
 fi
 
 PYTHONPATH=$root/patches/backend python - "$root/patches" "$folder/tree" <<'PYTHON'

@@ -93,8 +93,8 @@ class Schedule(RuleBasedStateMachine):
     prefill: str
     options: dict[str, object]
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(step_tokens=st.sampled_from([RING_SPARE, 5, 1]))
+    def start(self, step_tokens: int) -> None:
         self.model = BudgetModel(self.path)
         self.context = self.model.context(
             N_CTX, replace(BUDGET, prefill=self.prefill), n_seq=N_SEQ, abort=self._abort, **self.options
@@ -102,7 +102,7 @@ class Schedule(RuleBasedStateMachine):
         self.capacity = self.context.capacity()
         self.sequences = [self._empty() for _ in range(N_SEQ)]
         self.count, self.nodes_left = 0, -1
-        self.step_tokens = 1
+        self.set_step(step_tokens)
         self.saved: list[tuple[bytes, Expected]] = []
         self.readings: dict[int, Reading] = {}
 
@@ -276,31 +276,38 @@ class Schedule(RuleBasedStateMachine):
                 call()
         assert self.context.select(index) == -1
 
-    @rule(n=st.integers(1, RING_SPARE))
+    @rule(n=st.integers(1, RING_SPARE) | st.just(RING_SPARE))
     def set_step(self, n: int) -> None:
         assert self.context.set_step(n) == 0
         self.step_tokens = n
 
-    @rule(index=SEQUENCES, n=st.integers(100, 260), drafted=st.integers(0, RING_SPARE - 1), wrong=st.integers(0, 15))
+    @rule(
+        index=SEQUENCES,
+        n=st.integers(100, 260),
+        drafted=st.integers(0, RING_SPARE - 1),
+        wrong=st.sampled_from([0, 0, 1, 4]),
+    )
     def generate(self, index: int, n: int, drafted: int, wrong: int) -> None:
-        """Steps of a token and its drafts, the last of them wrong; far enough for a selection now and then."""
+        """Steps of tokens and wrong drafts after them; far enough for a selection now and then."""
         sequence, generated = self.sequences[index], self._tokens(n)
         if index in self.readings:
             return
-        size = 1 if sequence.empty else min(1 + drafted, self.step_tokens)
-        wrong = min(wrong, size - 1)
         while generated:
-            some, generated = generated[:size], generated[size:]
+            size = 1 if sequence.empty else min(1 + drafted, self.step_tokens)
+            right = min(size - min(wrong, size - 1), len(generated))
+            some = generated[:right] + generated[: size - right]
+            generated = generated[right:]
             if self._room(sequence) < len(some):
                 self._account(Part(index, some), self.context.read(some, index)[0], due=True, selects=False)
             else:
                 sequence.add(len(some))
                 logits = self.context.read(some, index, every=True)
                 assert nmse(logits, sequence.reference.read(some).astype(np.float32)) < 1e-6
-            if len(some) == size and wrong:
-                assert self.context.remove(index, sequence.reference.n - wrong)
-                sequence.add(-wrong)
-                sequence.reference.forget(wrong)
+            drafts = len(some) - right
+            if drafts:
+                assert self.context.remove(index, sequence.reference.n - drafts)
+                sequence.add(-drafts)
+                sequence.reference.forget(drafts)
 
     @rule(index=SEQUENCES, off=st.sampled_from([-40, -1, 1, 7]), n=st.sampled_from([1, 5]))
     def wrong_position(self, index: int, off: int, n: int) -> None:
