@@ -61,7 +61,13 @@ class Generation:
         self._started = self._prompt_done = self._last = clock()
         self._prompt_rows: tuple[int, ...] = ()
         self._read = False
+        self._shown = {token for text in job.request.shown for token in self._single(text)}
         job.sampler.prime(job.tokens)
+
+    def _single(self, text: str) -> list[int]:
+        """Return the token that a text is written for, if it is one."""
+        tokens = self._vocab.tokenize(text, add_special=False, parse_special=True)
+        return tokens if len(tokens) == 1 else []
 
     @property
     def reading(self) -> bool:
@@ -100,7 +106,7 @@ class Generation:
         self.n_generated += 1
         self.pending = token
         self.seen.append(token)
-        text = self._text.feed(self._vocab.piece(token))
+        text = self._text.feed(self._vocab.piece(token, special=token in self._shown))
         if self._text.stopped:
             self.reason = "stop"
         elif self._is_full():

@@ -87,6 +87,7 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
             n_ctx=n_ctx,
             n_ctx_train=model.n_ctx_train,
             has_chat_template=model.chat_template is not None,
+            chat_template=model.chat_template,
             kv_bytes=sum(expected.kv_per_layer),
             kv_unsupported=unsupported,
             parallel=settings.parallel,

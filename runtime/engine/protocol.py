@@ -46,6 +46,7 @@ class GenerationRequest:
     ``max_tokens`` None means until the model ends or the context is full, which it never is with a KV budget.
     Generation ends before any of the ``stop`` strings, or where the grammar of ``sampling`` ends. ``logprobs`` asks for
     the log-probability of each token and of so many of the likeliest ones, 0 to 20, before any sampler; None for none.
+    ``shown`` are control tokens, as they are written, that belong to the text of the answer.
 
     A prompt that goes on where an earlier one ended continues on the rows that were kept of it, and only its new tokens
     are read; with ``reread`` only rows that nothing was evicted from are used again. ``conversation`` names what
@@ -61,6 +62,7 @@ class GenerationRequest:
     max_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
     logprobs: int | None = None
     conversation: str | None = None
     reread: bool = False
@@ -192,7 +194,8 @@ class ModelInfo:
 
     ``parallel`` requests run at a time. ``kv_bytes`` is what the cache takes after prompts as long as the context.
     ``kv_unsupported`` says why the KV budget that was asked for is not used and every row is kept; None when it is
-    used, or none was asked for. ``embedding_size`` is None where the engine makes no embeddings.
+    used, or none was asked for. ``embedding_size`` is None where the engine makes no embeddings. ``chat_template`` is
+    the template's source, None if the model has none.
     """
 
     path: str
@@ -209,6 +212,7 @@ class ModelInfo:
     parallel: int = 1
     generates_text: bool = True
     embedding_size: int | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from helpers import tiny_models
 from helpers.fake_engine import FakeEngine
 from ziggurat.runtime.bindings import Context, ContextSettings, Model
 from ziggurat.runtime.engine import Engine, Event, FinishEvent, GenerationRequest, Message, TokenEvent
@@ -392,6 +393,17 @@ def test_a_conversation_goes_through_the_template(chat_path: Path) -> None:
         chat = GenerationRequest(messages=(Message("user", "Hi"),), max_tokens=6, sampling=GREEDY)
         raw = ask("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", 6)
         assert collect(engine.stream(chat))[1] == collect(engine.stream(raw))[1]
+
+
+def test_control_tokens_can_be_shown(chat_path: Path) -> None:
+    with LlamaEngine(chat_path, EngineSettings(n_ctx=512, threads=1)) as engine:
+        assert engine.load().chat_template == tiny_models.CHATML
+        (mark,) = engine.tokenize("<|im_start|>", parse_special=True)
+        sampling = SamplingParams(temperature=0, logit_bias={mark: 100.0})
+        request = GenerationRequest(prompt="Hi", max_tokens=2, sampling=sampling)
+        assert collect(engine.stream(request))[0] == ""
+        shown = replace(request, shown=("<|im_start|>", "no token"), id="shown")
+        assert collect(engine.stream(shown))[0] == "<|im_start|>" * 2
 
 
 def test_exit_with_a_running_generation_is_clean(spm_path: Path) -> None:
