@@ -29,6 +29,8 @@ class Sampler:
         grammar = params.read_grammar()
         self._chain = build_chain(params, vocab, n_ctx, biases, masked=grammar is not None)
         self._window = _window(params, n_ctx)
+        # the chain is one sampler then, before which the library copies all logits
+        self._takes_best = _only_greedy(params) and not (biases or self._window or grammar is not None)
         self._grammar: GrammarSampler | None = None
         self._candidates: Candidates | None = None
         if grammar is not None:
@@ -46,6 +48,8 @@ class Sampler:
         An end token is chosen like any other. Raises UnsupportedError when the vocabulary has no token with which the
         grammar could go on.
         """
+        if self._takes_best:
+            return context.likeliest(index)
         if self._grammar is None or self._candidates is None:
             return self._chain.sample(context, index)
         token = self._choose(self._grammar, self._candidates, context.logits(index))
@@ -78,6 +82,7 @@ class Sampler:
 
         ``device_sampling.unsupported`` has to allow it. ``close`` before the sequence is anybody else's.
         """
+        self._takes_best = False
         self._chain.attach(context, sequence)
 
     def close(self) -> None:
@@ -108,7 +113,7 @@ def build_chain(
         last_n = _length(params.dry_penalty_last_n, n_ctx)
         length, breakers = params.dry_allowed_length, params.dry_sequence_breakers
         chain.dry(vocab, params.dry_multiplier, params.dry_base, length, last_n, breakers)
-    if params.greedy and (params.mirostat or (params.typical_p == 1 and params.xtc_probability == 0)):
+    if _only_greedy(params):
         return chain.greedy()  # what is left out never removes the likeliest token
     logarithms = params.typical_p < 1 or params.mirostat
     if params.mirostat == 0 and params.top_n_sigma > 0:
@@ -125,6 +130,11 @@ def build_chain(
         return chain.greedy()
     _heat(chain, params)
     return chain.dist(seed)
+
+
+def _only_greedy(params: SamplingParams) -> bool:
+    """Whether no sampler before the choice changes which token is the likeliest, but for biases and penalties."""
+    return params.greedy and (params.mirostat > 0 or (params.typical_p == 1 and params.xtc_probability == 0))
 
 
 def _heat(chain: SamplerChain, params: SamplingParams) -> None:

@@ -148,6 +148,13 @@ class Context:
         pointer = self._lib.llama_get_logits_ith(self.handle, self.output_index(index))
         return np.ctypeslib.as_array(pointer, shape=(self.model.vocab.n_tokens,)).copy()
 
+    def likeliest(self, index: int) -> int:
+        """Return the token with the highest logit at position ``index`` of the last batch, the first of equals."""
+        import numpy as np
+
+        pointer = self._lib.llama_get_logits_ith(self.handle, self.output_index(index))
+        return int(np.ctypeslib.as_array(pointer, shape=(self.model.vocab.n_tokens,)).argmax())
+
     def output_logits(self) -> Any:
         """View all logits of the last batch: float32 of shape (outputs, n_vocab), in the order of the batch's tokens.
 

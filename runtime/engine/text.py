@@ -32,6 +32,8 @@ class TextAssembler:
     def _release(self, text: str) -> str:
         if self.stopped:
             return ""
+        if not self._stop:
+            return text
         text = self._held + text
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:

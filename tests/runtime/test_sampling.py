@@ -250,3 +250,16 @@ def test_the_order_is_that_of_llama_cpp(spm_model: Model) -> None:
         "logit_bias", "penalties", "dry", "top_n_sigma", "drop_impossible", "top_k", "typical", "top_p", "min_p", "xtc",
         "temperature", "dist",
     ]  # fmt: skip
+
+
+def test_the_likeliest_token_is_the_chains(spm_model: Model) -> None:
+    """Taken without the library's sampler, which gives the same."""
+    with Context(spm_model, ContextSettings(n_ctx=64, n_threads=1)) as context:
+        batch = context.new_batch()
+        for position in range(20):
+            batch.clear()
+            index = batch.add((5 + 3 * position,), position, 0, output_last=True)
+            context.decode(batch)
+            chain = SamplerChain().greedy()
+            assert context.likeliest(index) == chain.sample(context, index) == int(context.logits(index).argmax())
+            chain.close()
