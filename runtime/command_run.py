@@ -170,9 +170,15 @@ def _summary(done: FinishEvent) -> str:
         f"[{stats.prompt_tokens} prompt tokens, {stats.prompt_tokens_per_second:.1f}/s"
         f" | {stats.generated_tokens} generated, {stats.decode_tokens_per_second:.1f}/s"
         f" | first after {stats.time_to_first_token_s:.2f} s"
+        f"{_draft_summary(stats)}"
         f" | {_kv_summary(stats)}"
         f" | {done.reason}]"
     )
+
+
+def _draft_summary(stats: GenerationStats) -> str:
+    drafted = stats.drafted_tokens
+    return f" | {stats.accepted_tokens} of {drafted} drafted tokens accepted" if drafted else ""
 
 
 def _kv_summary(stats: GenerationStats) -> str:
