@@ -124,7 +124,8 @@ class Inbox:
     def end(self, job: Job, seconds: float | None = None) -> None:
         """Forget a request that has ended; ``seconds`` is how long it ran, if it did."""
         with self.lock:
-            self._jobs.pop(job.request.id, None)
+            if self._jobs.get(job.request.id) is job:  # another one may have its id by now
+                del self._jobs[job.request.id]
             if seconds is not None:
                 self.request_seconds += 0.2 * (seconds - self.request_seconds)
 

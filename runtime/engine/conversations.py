@@ -30,7 +30,8 @@ def restore(slots: Slots, loaded: Loaded, conversation: str, path: str | os.Path
         raise ConversationError("every sequence is running a request: restore the conversation when one has ended")
     slot = named[0] if named else min(free, key=oldest)
     tokens = load_sequence(Path(path), slots.context, slot.index, loaded.hash())
-    slot.tokens, slot.conversation, slot.budgets = tokens, conversation, ()
+    slot.tokens, slot.budgets, slot.apart = tokens, (), False
+    slots.name(slot, conversation)
     slots.measure(slot)
     slots.touch(slot)
     return len(tokens)

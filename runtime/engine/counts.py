@@ -10,7 +10,7 @@ from ziggurat.runtime.errors import EngineError, ZigguratError
 
 @dataclass
 class Counts:
-    """What was served, since the engine was loaded; see ``EngineStats``."""
+    """What was served, since the engine was loaded; see ``EngineStats``. Prompts are counted when they are read."""
 
     finished: int = 0
     cancelled: int = 0
@@ -33,9 +33,6 @@ class Counts:
             self.finished += 1
         for name in ("generated_tokens", "drafted_tokens", "accepted_tokens", "evicted_rows"):
             setattr(self, name, getattr(self, name) + getattr(stats, name))
-        if stats.kv_rows_per_layer:  # its prompt was read
-            self.prompt_tokens += stats.prompt_tokens
-            self.reused_tokens += stats.reused_tokens
 
 
 def presentable(error: Exception) -> ZigguratError:

@@ -75,6 +75,11 @@ class Generation:
         return self.pending is None
 
     @property
+    def n_unread(self) -> int:
+        """Tokens of its prompt that were not there when it began."""
+        return len(self.job.tokens) - self._reused
+
+    @property
     def started(self) -> float:
         """When it got its sequence."""
         return self._started
@@ -82,11 +87,10 @@ class Generation:
     @property
     def prompt_progress(self) -> float:
         """The part of the prompt's computation that is done, 0.0 to 1.0, by tokens between the pieces."""
-        left = sum(map(len, self.parts))
-        total = len(self.job.tokens) - self._reused
-        if not left or self.reader is None:
-            return 1.0 - left / total
-        return 1.0 - (left - self.reader.progress * len(self.parts[0])) / total
+        parts, reader = list(self.parts), self.reader  # asked from other threads as well
+        left = sum(map(len, parts))
+        done = reader.progress * len(parts[0]) if parts and reader is not None else 0.0
+        return 1.0 - (left - done) / self.n_unread
 
     def prompt_read(self, rows: tuple[int, ...]) -> None:
         """The prompt is read, and these rows are in use in each layer."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ziggurat.runtime.bindings import Batch, Context
 from ziggurat.runtime.engine.speculation import Reader
+from ziggurat.runtime.errors import EngineError
 
 
 class PromptReader(Reader, Protocol):
@@ -77,7 +78,10 @@ class ChunkReader:
         try:
             self._context.decode(self._batch)
         except BaseException:
-            self._context.remove(self._sequence, position)  # a part of it may have been computed
+            if not self._context.remove(self._sequence, position):  # a part of it may have been computed
+                raise EngineError(
+                    "a prompt that was interrupted cannot be gone on with: this model's state has no past"
+                )
             raise
         self._n_read += len(chunk)
         self.output = index

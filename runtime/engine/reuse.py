@@ -73,8 +73,9 @@ def place(
 ) -> Placement | None:
     """Choose a sequence for a prompt; None when all are busy.
 
-    The sequence with the most to reuse is continued where that is most of what it holds, it is the same conversation's,
-    or no other is free; else the tokens are copied into another one, the emptiest and then the least recently used.
+    The sequence with the most to reuse is continued where that is most of what it holds and it was not copied to be
+    copied, it is the same conversation's, or no other is free; else the tokens are copied into another one, the
+    emptiest and then the least recently used.
     """
     slots = list(slots)
     free = [held for held in slots if not held.busy]
@@ -89,8 +90,9 @@ def place(
     best = max(slots, key=worth)
     count = counts[best.index]
     same = conversation is not None and best.conversation == conversation
-    others = [held for held in free if held is not best]
-    if count and not best.busy and (same or 2 * count >= len(best.tokens) or not others):
+    others = [held for held in free if held is not best or not count]
+    most = 2 * count >= len(best.tokens) and not best.apart
+    if count and not best.busy and (same or most or not others):
         return Placement(best.index, count)
     own = [held for held in free if conversation is not None and held.conversation == conversation]
     target = vacate(own or others or free, slots)

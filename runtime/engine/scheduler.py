@@ -26,7 +26,7 @@ from ziggurat.runtime.engine.protocol import FinishEvent
 from ziggurat.runtime.engine.rates import Rate
 from ziggurat.runtime.engine.reuse import LEAST_FORK
 from ziggurat.runtime.engine.slots import Slots
-from ziggurat.runtime.errors import DecodeAborted, RequestTimeoutError, ZigguratError
+from ziggurat.runtime.errors import DecodeAborted, RequestTimeoutError
 
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Scheduler:
 
     def interrupt(self, job: Job | None) -> None:
         """From any thread: end the computation at once if it is for this request alone; None: whatever it is for."""
-        running = self.running
+        running = list(self.running)  # the engine's thread changes it
         if self.decoding is not None and (job is None or (len(running) == 1 and running[0].job is job)):
             self.serving.context.abort.set()
 
@@ -97,6 +97,13 @@ class Scheduler:
         """End all that runs: something failed that is of no single request."""
         for generation in list(self.running):
             self._end(generation, error)
+
+    def close(self, error: Exception) -> None:
+        """End all that runs or waits."""
+        self.give_up(error)
+        for job in list(self._inbox.waiting):
+            self._inbox.remove(job)
+            self._refuse(job, error)
 
     # requests
 
@@ -122,6 +129,7 @@ class Scheduler:
         """End a request that has no sequence yet."""
         job.sampler.close()
         stats = not_begun(job, self._turns.n_ctx, self._clock())
+        self._inbox.end(job)
         self._report(job, FinishEvent("", "cancelled", stats), error)
 
     def _admit(self) -> None:
@@ -133,11 +141,16 @@ class Scheduler:
         for job in waiting:
             if len(self.running) >= turns.parallel or len(self._lanes) >= turns.lanes:
                 return
-            last_lane = turns.lanes > 1 and len(self._lanes) == turns.lanes - 1
-            if last_lane and self.slots.unread(job) > self.serving.context.n_ubatch:
+            n_long = sum(generation.n_unread > self._short for generation in self._lanes)
+            if n_long >= turns.lanes - 1 > 0 and self.slots.unread(job) > self._short:
                 continue
             self._inbox.remove(job)
             self._begin(job)
+
+    @property
+    def _short(self) -> int:
+        """Tokens of a prompt that are read in one piece."""
+        return self.serving.context.n_ubatch
 
     def _begin(self, job: Job) -> None:
         slot = None
@@ -177,24 +190,24 @@ class Scheduler:
         if generation in self._lanes:
             self._lanes.remove(generation)
         slot.generation = None
-        if self._drafting is not None:
-            self._drafting.forget(generation)
         try:
+            if self._drafting is not None:
+                self._drafting.forget(generation)
             if generation.reader is not None:
                 generation.reader.cancel()
                 self.slots.cut(slot, len(slot.tokens))
             self.slots.measure(slot)
-        except ZigguratError as fault:
+        except Exception as fault:
             error = error or fault
         event = FinishEvent(generation.finish(), generation.reason or "cancelled", generation.stats())
-        if error is not None or self._serving_for is not None:
+        wrong = error is not None and not isinstance(error, RequestTimeoutError)
+        if wrong or self._serving_for is not None:
             self.slots.clear(slot)
         self._inbox.end(generation.job, self._clock() - generation.started)
         self._report(generation.job, event, error)
 
     def _report(self, job: Job, event: FinishEvent, error: Exception | None) -> None:
         self.counts.add(event, failed=error is not None)
-        self._inbox.end(job)
         if error is None:
             job.channel.push(event)
         job.channel.end(None if error is None else presentable(error))
@@ -260,6 +273,8 @@ class Scheduler:
             self.slots.keep_apart(slot)
             return
         self._lanes.remove(generation)
+        self.counts.prompt_tokens += len(generation.job.tokens)
+        self.counts.reused_tokens += len(generation.job.tokens) - generation.n_unread
         generation.prompt_read(self._rows(slot.index, len(slot.tokens)))
         event = generation.choose(reader.output)
         if self._samples_on_device and generation.reason is None:

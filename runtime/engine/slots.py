@@ -24,7 +24,7 @@ class Slot:
 
     ``removable_from``: from this position on its end can be removed. ``rows`` it held and ``evicted`` ones it held no
     more, per KV head over all layers, are as last measured. ``budgets`` are the rows per layer that its next selection
-    leaves, ``last_used`` grows with each use.
+    leaves, ``last_used`` grows with each use. ``apart``: it was copied here for prompts to begin with.
     """
 
     index: int
@@ -35,6 +35,7 @@ class Slot:
     conversation: str | None = None
     last_used: int = 0
     budgets: tuple[int, ...] = ()
+    apart: bool = False
     generation: Generation | None = None
 
     @property
@@ -63,6 +64,9 @@ class Slots:
         the library raises; there has to be a sequence that is not busy.
         """
         request = job.request
+        for slot in self.all:
+            if slot.busy and not slot.reading:  # what it can be copied for changes as it decodes
+                self.measure(slot)
         placement = place(job.tokens, self.all, conversation=request.conversation, reread=request.reread)
         assert placement is not None, "the scheduler asks when there is a free sequence"
         slot, reused = self.all[placement.slot], placement.reused
@@ -72,8 +76,16 @@ class Slots:
             self.cut(slot, reused)
             reused = len(slot.tokens)
         self.touch(slot)
-        slot.conversation = request.conversation
+        slot.apart = False
+        self.name(slot, request.conversation)
         return slot, reused
+
+    def name(self, slot: Slot, conversation: str | None) -> None:
+        """Say whose a sequence is; what another one has of the same conversation is older."""
+        for other in self.all:
+            if conversation is not None and other.conversation == conversation:
+                other.conversation = None
+        slot.conversation = conversation
 
     def unread(self, job: Job) -> int:
         """Return how many of a prompt's tokens no sequence has, as it stands now."""
@@ -87,7 +99,9 @@ class Slots:
 
     def cut(self, slot: Slot, n_tokens: int) -> None:
         """Keep the first tokens of a sequence; none when the rows cannot be removed without the others."""
-        if n_tokens and self.context.remove(slot.index, n_tokens):
+        # where attention slides the library removes the end even if rows that the rest needs are gone
+        exact = n_tokens >= self.context.removable_from(slot.index)
+        if n_tokens and exact and self.context.remove(slot.index, n_tokens):
             del slot.tokens[n_tokens:]
         else:
             self.clear(slot)
@@ -97,20 +111,23 @@ class Slots:
         self.context.remove(slot.index)
         slot.tokens = []
         slot.removable_from = slot.rows = slot.evicted = 0
-        slot.conversation, slot.budgets = None, ()
+        slot.conversation, slot.budgets, slot.apart = None, (), False
 
     def _copy(self, source: Slot, target: Slot, n_tokens: int) -> int:
         end = -1 if n_tokens == len(source.tokens) else n_tokens
         self.clear(target)
         try:
             self.context.copy(source.index, target.index, end)
-        except ContextError as error:
+            target.tokens = source.tokens[:n_tokens]
+            target.budgets = source.budgets
+            self.measure(target)
+        except Exception as error:
+            self.clear(target)
+            if not isinstance(error, ContextError):
+                raise
             _logger.info("sequence %d is not copied: %s", source.index, error)
             return 0
-        target.tokens = source.tokens[:n_tokens]
-        target.budgets = source.budgets
         self.touch(source)
-        self.measure(target)
         return n_tokens
 
     def keep_apart(self, slot: Slot) -> None:
@@ -120,7 +137,7 @@ class Slots:
         spare = [other for other in self.all if not other.busy and other is not slot]
         if spare and len(slot.tokens) >= LEAST_FORK:
             target = min(reversed(spare), key=lambda other: oldest(other)[:2])  # the last: requests take the first
-            self._copy(slot, target, len(slot.tokens))
+            target.apart = self._copy(slot, target, len(slot.tokens)) > 0
             self.touch(target)
 
     def set_budget(self, slot: Slot, rows: Sequence[int]) -> None:

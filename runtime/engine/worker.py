@@ -103,8 +103,8 @@ class Worker:
 
     def slots(self) -> Slots:
         """Return the sequences. Raises ConversationError when nothing stays in them."""
-        if self.one_shot:
-            raise ConversationError("this engine is for single prompts and keeps no conversations")
+        if self.one_shot or not self.loaded.info.generates_text:
+            raise ConversationError("this engine keeps no conversations: it is for single prompts, or for embeddings")
         return self.scheduler.slots
 
     def serve(self) -> None:
@@ -118,6 +118,7 @@ class Worker:
                 except Exception as error:  # outside any one request: those that come next can be served
                     _logger.exception("the engine failed")
                     self.scheduler.give_up(error)
+            self.scheduler.close(end)
         except Exception as error:
             end = EngineError(f"the engine failed: {type(error).__name__}: {error}")
         finally:
