@@ -1,4 +1,4 @@
-"""A sequence with a KV budget in a file: read a long prompt once, and go on from there another day.
+"""A sequence in a file: read a long prompt once, and go on from there another day.
 
 The file, little-endian: 8 bytes of magic, version (u32), sizes of the header (u32), of the tokens (u32, their number)
 and of the state (u64); then the header, JSON in UTF-8 that says which model and settings the sequence is of; the
@@ -32,8 +32,8 @@ def save_sequence(path: Path, context: Context, sequence: int, tokens: Sequence[
     """Write a sequence to a file, which is complete or not there at all.
 
     ``tokens`` are all that the sequence has seen, ``model`` is the ``model_hash`` of the context's model. Raises
-    InvalidRequestError without a KV budget and for another number of tokens, ContextError while a prompt is being read
-    for the sequence, and ZigguratError when the file cannot be written.
+    InvalidRequestError for another number of tokens, ContextError where ``kv_state.save`` does, and ZigguratError when
+    the file cannot be written.
     """
     count = context.last_position(sequence) + 1
     state = kv_state.save(context, sequence)
@@ -53,8 +53,7 @@ def load_sequence(path: Path, context: Context, sequence: int, model: str) -> li
 
     What the sequence had before is forgotten; with any exception it stays as it was. Raises StateMismatchError, which
     names what differs, for a file of another model or other settings; StateFileError for one that is missing, damaged
-    or of another version; ContextError for a state that the library refuses, and while a prompt is being read for the
-    sequence; and InvalidRequestError without a KV budget.
+    or of another version; and ContextError for a state that the library refuses, and where ``kv_state.restore`` does.
     """
     header, tokens, state = _read(path)
     _check_identity(path, header, _identity(context, model))
@@ -69,18 +68,19 @@ def load_sequence(path: Path, context: Context, sequence: int, model: str) -> li
 def _identity(context: Context, model: str) -> dict[str, Any]:
     """Return what has to be the same where the sequence goes on."""
     settings = context.settings
-    if settings.kv is None:
-        raise InvalidRequestError("this context has no KV budget, and only sequences with one are saved")
-    return {
+    kv = settings.kv if context.kv_active else None
+    identity = {
         "model": model,
         # those of scale 0 change nothing, and neither does the order
         "set of LoRA adapters": sorted([lora.name, lora.scale] for lora in context.loras if lora.scale),
         "type of K": settings.type_k,
         "type of V": settings.type_v,
-        # more rows than the context has mean all
-        "rows": [min(rows, context.n_ctx_allocated) for rows in settings.kv.rows],
-        **{name: getattr(settings.kv, name) for name in _BUDGET},
+        # more rows than the context has mean all; None without a budget
+        "rows": None if kv is None else [min(rows, context.n_ctx_allocated) for rows in kv.rows],
     }
+    if kv is None:  # the stock library's states are of contexts with as many sequences
+        return identity | {"number of sequences": settings.n_seq_max}
+    return identity | {name: getattr(kv, name) for name in _BUDGET}
 
 
 def _check_identity(path: Path, header: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -50,6 +50,8 @@ class Context:
         #: Whether tokens see only those before them, so that a text can be read in parts.
         self.causal = self.keeps_rows and bool(lib.llama_get_causal_attn(handle))
         self._outputs: frozenset[int] = frozenset()
+        #: Whether rows that were copied are not there yet: the library copies them with the next batch.
+        self.copies_pending = False
         cache = kv.Cache(handle, model.n_layer) if settings.kv is not None else None
         self._cache = cache if cache is not None and cache.active else None
         #: Chains that work within the context, by sequence; kept alive here because the library keeps pointers.
@@ -123,6 +125,7 @@ class Context:
             status = compute(self.handle, batch.native(self._lib))
         if status == 0:
             self._outputs = batch.outputs
+            self.copies_pending = False
         elif status == 1:
             refusal = self._cache.refusal() if self._cache is not None else ""
             rows = self.n_ctx_allocated
@@ -182,6 +185,7 @@ class Context:
             if refusal := self._cache.refusal():
                 raise ContextError(refusal)
             return
+        self.copies_pending = True
         self._lib.llama_memory_seq_rm(memory, target, -1, -1)
         self._lib.llama_memory_seq_cp(memory, source, target, -1, -1)  # aborts the process when asked for a part
         if end >= 0:
@@ -216,12 +220,11 @@ class Context:
         self._valid(sequence)
         if self._cache is not None:
             return self._cache.removable_from(sequence)
-        lib, model = self._lib, self.model.handle
         end = self.last_position(sequence) + 1
-        if lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model):
+        if self.model.recurrent:
             return end
-        first = int(lib.llama_memory_seq_pos_min(memory, sequence))
-        return 0 if first <= 0 else min(end, first + int(lib.llama_model_n_swa(model)))
+        first = int(self._lib.llama_memory_seq_pos_min(memory, sequence))
+        return 0 if first <= 0 else min(end, first + int(self._lib.llama_model_n_swa(self.model.handle)))
 
     @property
     def kv_active(self) -> bool:

@@ -102,11 +102,45 @@ def test_a_file_is_written_at_once(context: Context, tmp_path: Path) -> None:
 
 
 def test_a_context_without_a_budget(spm_model: Model, saved: Path, tmp_path: Path) -> None:
+    stock, path = replace(SETTINGS, kv=None), tmp_path / "s.kv"
+    with Context(spm_model, stock) as context:
+        refused(saved, context, StateMismatchError)
+        read(context, TOKENS)
+        save_sequence(path, context, 0, TOKENS, HASH)
+        save_sequence(tmp_path / "empty.kv", context, 1, [], HASH)
+        wanted = read(context, TOKENS[:30])
+    with Context(spm_model, stock) as other:
+        read(other, TOKENS[:50], 1)  # is forgotten
+        assert load_sequence(path, other, 1, HASH) == TOKENS
+        assert np.array_equal(read(other, TOKENS[:30], 1), wanted)
+        assert load_sequence(tmp_path / "empty.kv", other, 1, HASH) == []
+        assert other.last_position(1) == -1
+        wanted = read(other, TOKENS[:200])
+        content = kv_state.save(other, 0)
+        with pytest.raises(ContextError, match="cannot be restored"):
+            kv_state.restore(other, 0, content[:-100])
+        assert kv_state.save(other, 0) == content
+    with Context(spm_model, replace(stock, n_seq_max=3)) as context:
+        assert "another number of sequences: 2, here it is 3" in refused(path, context, StateMismatchError)
+    with Context(spm_model, SETTINGS) as context:
+        assert "another rows: None, here it is [60, 40]" in refused(path, context, StateMismatchError)
+    with Context(spm_model, replace(stock, n_ctx=256)) as context:
+        assert "cannot be restored" in refused(path, context, ContextError)
+
+
+def test_a_copy_is_saved_when_it_is_there(spm_model: Model) -> None:
+    """The stock library copies rows with the next batch; until then a state is of whatever is in their place."""
     with Context(spm_model, replace(SETTINGS, kv=None)) as context:
-        with pytest.raises(InvalidRequestError, match="no KV budget"):
-            load_sequence(saved, context, 0, HASH)
-        with pytest.raises(InvalidRequestError, match="no KV budget"):
-            save_sequence(tmp_path / "s.kv", context, 0, [], HASH)
+        read(context, TOKENS)
+        context.copy(0, 1)
+        for act in (lambda: kv_state.save(context, 1), lambda: kv_state.restore(context, 0, b"")):
+            with pytest.raises(ContextError, match="not there yet"):
+                act()
+        wanted = read(context, [5], 1)
+        state = kv_state.save(context, 1)
+        kv_state.restore(context, 0, state)
+        assert np.array_equal(read(context, [6]), read(context, [6], 1))
+        assert wanted.any()
 
 
 OTHERS: dict[str, Callable[[ContextSettings], ContextSettings]] = {
