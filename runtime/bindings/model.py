@@ -133,6 +133,12 @@ class Model:
         return int(self._lib.llama_model_n_ctx_train(self.handle))
 
     @property
+    def recurrent(self) -> bool:
+        """Whether some of its layers have a state instead of rows: nothing of a sequence can be taken back then."""
+        lib, handle = self._lib, self.handle
+        return bool(lib.llama_model_is_recurrent(handle) or lib.llama_model_is_hybrid(handle))
+
+    @property
     def description(self) -> str:
         """The library's short name of it: architecture, size class, file type."""
         buffer = ctypes.create_string_buffer(256)

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ziggurat.runtime.bindings import Context, Model
-from ziggurat.runtime.engine.speculation import Reader, Wanted, common_prefix
+from ziggurat.runtime.engine.reuse import common_prefix
+from ziggurat.runtime.engine.speculation import Reader, Wanted
 from ziggurat.runtime.errors import DecodeAborted, ZigguratError
 
 _logger = logging.getLogger(__name__)

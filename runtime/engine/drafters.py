@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from ziggurat.runtime.engine.draft_loader import load_draft
@@ -13,12 +14,17 @@ if TYPE_CHECKING:
     from ziggurat.runtime.engine.loader import Loaded
     from ziggurat.runtime.engine.settings import EngineSettings
 
+_logger = logging.getLogger(__name__)
+
 
 def make_drafting(loaded: Loaded, settings: EngineSettings) -> Drafting | None:
     """Load what is to propose tokens; None when nothing is. Prompt lookup goes before a draft model.
 
-    Raises what ``load_draft`` raises.
+    Drafts that were wrong are taken back, so a model that cannot do that gets none. Raises what ``load_draft`` raises.
     """
+    if loaded.model.recurrent:
+        _logger.info("%s: no drafts: nothing can be taken back of a recurrent state", loaded.info.path)
+        return None
     drafters: list[Drafter] = []
     if settings.prompt_lookup:
         drafters.append(NgramDrafter(loaded.model.vocab.eog_tokens()))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ziggurat.runtime.engine.speculation import Reader, Wanted, common_prefix
+from ziggurat.runtime.engine.reuse import common_prefix
+from ziggurat.runtime.engine.speculation import Reader, Wanted
 
 #: Lengths of the matches that are looked for, in this order.
 LENGTHS = (4, 3)

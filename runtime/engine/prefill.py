@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ziggurat.runtime.bindings import Batch, Context
 from ziggurat.runtime.engine.speculation import Reader
-from ziggurat.runtime.errors import EngineError
+from ziggurat.runtime.errors import DecodeAborted, EngineError
 
 
 class PromptReader(Reader, Protocol):
@@ -77,11 +77,10 @@ class ChunkReader:
         index = self._batch.add(chunk, position, self._sequence, output_last=last)
         try:
             self._context.decode(self._batch)
-        except BaseException:
-            if not self._context.remove(self._sequence, position):  # a part of it may have been computed
-                raise EngineError(
-                    "a prompt that was interrupted cannot be gone on with: this model's state has no past"
-                )
+        except BaseException as error:
+            exact = self._context.remove(self._sequence, position)  # a part of it may have been computed
+            if isinstance(error, DecodeAborted) and not exact:
+                raise EngineError("the reading of a prompt was interrupted, and this model cannot go back") from error
             raise
         self._n_read += len(chunk)
         self.output = index

@@ -22,18 +22,14 @@ class Placement:
     source: int | None = None
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many tokens two sequences begin alike with. Compares slices of lists, in O(n log n) at C's speed."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:  # a[:low] is alike, a[:high] is not
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
+def common_prefix(a: Sequence[int], b: Sequence[int], start: int = 0) -> int:
+    """Return how many tokens two sequences have in common from the beginning; the first ``start`` are known to be."""
+    end = min(len(a), len(b))
+    while start < end and list(a[start : start + 256]) == list(b[start : start + 256]):
+        start = min(start + 256, end)
+    while start < end and a[start] == b[start]:
+        start += 1
+    return start
 
 
 def usable(prompt: Sequence[int], held: Slot, *, reread: bool) -> int:

@@ -84,16 +84,6 @@ class Drafter(Protocol):
         ...
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int], start: int = 0) -> int:
-    """Return how many tokens two sequences have in common from the beginning; the first ``start`` are known to be."""
-    end = min(len(a), len(b))
-    while start < end and list(a[start : start + 256]) == list(b[start : start + 256]):
-        start = min(start + 256, end)
-    while start < end and a[start] == b[start]:
-        start += 1
-    return start
-
-
 def verified(drafted: Sequence[int], sample: Callable[[int], int | None]) -> Iterator[int]:
     """Yield the tokens that a sequence gets from one step: accepted drafts, then one that was not drafted.
 

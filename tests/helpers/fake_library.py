@@ -1,9 +1,9 @@
 """A stand-in for the library: what a context holds and refuses, in plain Python, with faults and time by a script.
 
-It keeps the true tokens of every sequence. What is sampled depends on them, and ``FakeContext.seen`` tells them, so that
-rows lost, stale or of another sequence show. Sequences have rows per layer as with a KV budget (``used`` of them, of
-which ``fixed`` were there at the last selection) or, without one, as the stock caches: ``plain``, ``window`` (sliding)
-and ``recurrent``. What nobody may ask of the library at all is noted in ``misuses``.
+It keeps the true tokens of every sequence. What is sampled depends on them, and ``FakeContext.seen`` tells them, so
+that rows lost, stale or of another sequence show. Sequences have rows per layer as with a KV budget (``used`` of
+them, of which ``fixed`` were there at the last selection) or, without one, as the stock caches: ``plain``, ``window``
+(sliding) and ``recurrent``. What nobody may ask of the library at all is noted in ``misuses``.
 """
 
 from __future__ import annotations

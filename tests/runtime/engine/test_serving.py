@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,35 @@ def test_samplers_can_be_where_the_logits_are(
         found = [[event.token for event in stream if isinstance(event, TokenEvent)] for stream in streams]
     assert found == wanted
     assert len(attached) == 2  # penalties are on the CPU
+
+
+def test_whatever_is_asked_of_a_token_it_is_what_it_is_alone(engine: LlamaEngine) -> None:
+    """Seeds, penalties, stop strings, grammars and logprobs, at once; and one among them that is cancelled."""
+    warm = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    requests = [
+        ask(tokens(90, 1), 30, sampling=SamplingParams(**warm, seed=7)),
+        ask(tokens(90, 1), 30, sampling=SamplingParams(**warm, seed=8), logprobs=3),
+        ask(tokens(300, 2), 30, sampling=SamplingParams(temperature=0.8, repeat_penalty=1.3, seed=9)),
+        ask(tokens(50, 3), 30, sampling=SamplingParams(temperature=0, grammar='root ::= "the " [a-c]{3,9}')),
+        ask(tokens(20, 4), 30, sampling=SamplingParams(temperature=0.9, mirostat=2, seed=4)),
+        ask(tokens(120, 5), 30, stop=("a", "he", "t")),
+        ask(tokens(33, 6), 30, logprobs=0),
+        ask(tokens(700, 7), 4),
+    ]
+
+    def results(events: list[Any]) -> tuple[Any, ...]:
+        *made, last = events
+        chances = [event.logprobs.chosen.logprob for event in made if event.logprobs is not None]
+        text = "".join(event.text for event in events)
+        return [event.token for event in made], text, last.reason, chances
+
+    alone = [results(list(engine.stream(replace(request, id=f"alone {n}", reread=True)))) for n, request in
+             enumerate(requests)]  # fmt: skip
+    gone = engine.stream(ask(tokens(200, 8), 10**6))
+    streams = [engine.stream(replace(request, reread=True)) for request in requests]
+    gone.cancel()
+    for stream, wanted in zip(streams, alone, strict=True):
+        *exact, chances = results(list(stream))
+        assert exact == list(wanted[:3])
+        assert chances == pytest.approx(wanted[3], abs=2e-3)  # batches of other sizes round otherwise
+    list(gone)
