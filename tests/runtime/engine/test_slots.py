@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from helpers.fake_library import Clock, FakeContext, FakeSampler, Fault
+from ziggurat.runtime.engine.admission import Job
+from ziggurat.runtime.engine.protocol import GenerationRequest
+from ziggurat.runtime.engine.rates import Rate, Typical
+from ziggurat.runtime.engine.slots import Slots
+from ziggurat.runtime.errors import ContextError
+
+
+def make(kind: Any = "budget", n_seq: int = 3) -> tuple[Slots, FakeContext]:
+    context = FakeContext(Clock(), kind=kind, n_seq=n_seq)
+    library: Any = context
+    return Slots(library), context
+
+
+def fill(slots: Slots, context: FakeContext, index: int, tokens: list[int]) -> None:
+    slot = slots.all[index]
+    if context.kv_active:
+        context.prompt_begin(index, tokens)
+        while not context.prompt_step(index, 1).finished:
+            pass
+    else:
+        context._append(index, tokens)
+    slot.tokens += tokens
+    slots.measure(slot)
+    slots.touch(slot)
+
+
+def job(tokens: list[int], **values: Any) -> Job:
+    sampler: Any = FakeSampler()
+    return Job(GenerationRequest(tokens=tuple(tokens), **values), tokens, sampler, 0.0)
+
+
+TEXT = [1 + n % 50 for n in range(200)]
+
+
+@pytest.mark.parametrize("kind", ["budget", "plain"])
+def test_a_beginning_is_continued_cut_or_copied(kind: Any) -> None:
+    slots, context = make(kind)
+    fill(slots, context, 0, TEXT[:20])
+    slot, reused = slots.prepare(job(TEXT[:40]))
+    assert (slot.index, reused) == (0, 20)
+    slot, reused = slots.prepare(job(TEXT[:15] + [50, 51]))
+    assert (slot.index, reused) == (0, 15)
+    assert context.sequences[0].tokens == slot.tokens == TEXT[:15]
+    fill(slots, context, 0, TEXT[15:24])
+    other = slots.all[1]
+    slots.keep_apart(slots.all[0])
+    apart = slots.all[2]
+    assert apart.apart and context.sequences[2].tokens == TEXT[:24]
+    slots.keep_apart(slots.all[0])  # it is there already
+    assert not other.tokens
+
+
+def test_what_was_evicted_from_cannot_be_cut_and_is_cleared() -> None:
+    slots, context = make()
+    fill(slots, context, 0, TEXT[:100])
+    assert slots.all[0].removable_from == 100
+    assert slots.all[0].evicted == 200 - (40 + 24)
+    slots.all[0].budgets = context.sequences[0].budget
+    slots.cut(slots.all[0], 50)
+    assert slots.all[0].tokens == context.sequences[0].tokens == []
+    assert slots.all[0].budgets == ()
+
+
+@pytest.mark.parametrize("error", [ContextError("no"), RuntimeError("a bug")])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_copy_that_fails_leaves_an_empty_sequence(error: Exception, at: int) -> None:
+    """At once, or when it is looked at."""
+    slots, context = make()
+    fill(slots, context, 0, TEXT[:20] + TEXT[100:150])
+    slots.all[0].removable_from = 0
+    held = context.sequences[0]
+    held.used, held.fixed = [70, 70], [0, 0]
+    slots.all[1].tokens = []
+    context.faults = {context.calls + at: Fault(0, error)}
+    if isinstance(error, ContextError):
+        assert slots.prepare(job(TEXT[:30])) == (slots.all[1], 0)
+    else:
+        with pytest.raises(RuntimeError):
+            slots.prepare(job(TEXT[:30]))
+    assert slots.all[1].tokens == context.sequences[1].tokens == []
+
+
+def test_a_name_is_of_the_sequence_used_last() -> None:
+    slots, context = make()
+    fill(slots, context, 0, TEXT[:30])
+    slots.name(slots.all[0], "a")
+    slots.name(slots.all[1], "a")
+    assert [slot.conversation for slot in slots.all] == [None, "a", None]
+    slots.name(slots.all[2], None)
+    assert slots.all[1].conversation == "a"
+
+
+def test_no_more_rows_than_the_context_has() -> None:
+    slots, context = make()
+    slots.set_budget(slots.all[0], (1000, 16))
+    assert slots.all[0].budgets == context.sequences[0].budget == (40, 16)
+
+
+def test_a_rate_is_of_the_last_seconds_of_work() -> None:
+    rate = Rate(span=1.0)
+    assert rate.per_second == 0
+    rate.record(10, 1.0)
+    assert rate.per_second == pytest.approx(10)
+    for _ in range(20):
+        rate.record(40, 1.0)
+    assert rate.per_second == pytest.approx(40, rel=0.01)
+
+
+def test_what_is_typical_is_not_moved_by_one_that_is_not() -> None:
+    typical = Typical(count=5)
+    assert typical.seconds == 0
+    for seconds in (1.0, 1.0, 50.0, 1.0, 2.0):
+        typical.record(seconds)
+    assert typical.seconds == 1.0
+    for _ in range(3):
+        typical.record(7.0)
+    assert typical.seconds == 7.0
