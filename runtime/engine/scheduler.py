@@ -190,6 +190,8 @@ class Scheduler:
         if generation in self._lanes:
             self._lanes.remove(generation)
         slot.generation = None
+        # the rows of one that was too slow are as right as any
+        keeps = self._serving_for is None and (error is None or isinstance(error, RequestTimeoutError))
         try:
             if self._drafting is not None:
                 self._drafting.forget(generation)
@@ -198,10 +200,9 @@ class Scheduler:
                 self.slots.cut(slot, len(slot.tokens))
             self.slots.measure(slot)
         except Exception as fault:
-            error = error or fault
+            error, keeps = error or fault, False
         event = FinishEvent(generation.finish(), generation.reason or "cancelled", generation.stats())
-        wrong = error is not None and not isinstance(error, RequestTimeoutError)
-        if wrong or self._serving_for is not None:
+        if not keeps:
             self.slots.clear(slot)
         self._inbox.end(generation.job, self._clock() - generation.started)
         self._report(generation.job, event, error)

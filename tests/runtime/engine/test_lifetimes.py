@@ -75,7 +75,7 @@ def test_nothing_is_left_after_thirty_engines(spm_path: Path, settings: EngineSe
 
     def alive() -> int:
         gc.collect()
-        return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+        return sum(type(thing) in kinds for thing in gc.get_objects())
 
     before, threads = alive(), threading.active_count()
     for count in range(30):
