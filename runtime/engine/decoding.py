@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,8 @@ from ziggurat.runtime.engine.generation import Generation
 from ziggurat.runtime.engine.rates import Rate, Typical
 from ziggurat.runtime.engine.speculation import verified
 from ziggurat.runtime.errors import DecodeAborted, EngineError, ZigguratError
+
+_logger = logging.getLogger(__name__)
 
 
 class Decoding:
@@ -64,7 +67,11 @@ class Decoding:
     def _drafts(self, generations: Sequence[Generation]) -> list[list[int]]:
         if self._drafting is None:
             return [[]] * len(generations)
-        return self._drafting.draft(generations)
+        try:
+            return self._drafting.draft(generations)
+        except Exception:  # nobody depends on them
+            _logger.warning("a step without drafts: they failed", exc_info=True)
+            return [[] for _ in generations]
 
     def _compute(self, generations: Sequence[Generation], drafts: Sequence[Sequence[int]]) -> list[int]:
         """Decode; return where the logits after each sequence's pending token are."""

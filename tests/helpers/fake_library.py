@@ -174,6 +174,9 @@ class FakeContext:
             raise error
         return tuple(self.sequences[sequence].used) if self.kv_active else ()
 
+    def kv_capacity(self) -> tuple[int, ...]:
+        return self.capacity if self.kv_active else ()
+
     def removable_from(self, sequence: int) -> int:
         held = self.sequences[sequence]
         end = len(held.tokens)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from helpers.fake_library import Clock, FakeContext, FakeSampler, FakeVocab, Fault, Kind, next_token
+from helpers.fake_library import END, Clock, FakeContext, FakeSampler, FakeVocab, Fault, Kind, next_token
 from ziggurat.runtime.engine.admission import Inbox, Job
 from ziggurat.runtime.engine.contexts import Serving
 from ziggurat.runtime.engine.drafting import Drafting
@@ -117,12 +117,13 @@ class Run:
         self.context.faults = {fault.at: fault for fault in faults}
         self.inbox = Inbox(world.parallel + world.queue_limit, world.parallel)
         drafts = world.drafts and world.kind != "recurrent"  # nothing of it can be taken back
-        drafting = Drafting(NgramDrafter(), 8, self.clock) if drafts else None
+        drafting = Drafting([NgramDrafter((END,))], 8, self.clock) if drafts else None
         turns = Turns(self.context.settings.n_ctx, world.parallel, world.lanes, world.gap)
         self.scheduler = Watched(self.inbox, turns, drafting=drafting, clock=self.clock)
         self.scheduler.began = []
         endless = world.kind == "budget"
-        figures = KVFigures(1, 2, 3, (self.context.settings.n_ctx,) * self.context.n_layer, endless)
+        rows = self.context.capacity if endless else (self.context.settings.n_ctx,) * self.context.n_layer
+        figures = KVFigures(1, 2, 3, rows, endless)
         library: Any = self.context
         self.scheduler.use(Serving(library, self.context.new_batch(), figures, self._rows, 1, 2))
         self.outcomes: dict[int, Outcome] = {}

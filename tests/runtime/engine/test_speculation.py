@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from helpers.samplers import softmax
 from ziggurat.runtime.bindings import Candidates, Context, ContextSettings, Model, SamplerChain
 from ziggurat.runtime.engine.ngram import NgramDrafter
+from ziggurat.runtime.engine.reuse import common_prefix
 from ziggurat.runtime.engine.speculation import (
     MAX_DRAFT,
     Drafter,
     Reader,
     Speculation,
     Wanted,
-    common_prefix,
     measure_steps,
     verified,
 )

@@ -27,8 +27,8 @@ def make(*, one_shot: bool = False, **values: Any) -> tuple[Worker, FakeContext]
     serving = Serving(context, context.new_batch(), KVFigures(1, 2, 3, (4, 4), True), lambda n: context.rows, 1, 2)
     loaded: Any = SimpleNamespace(
         info=SimpleNamespace(n_ctx=256, path="m.gguf", generates_text=True),
-        contexts=SimpleNamespace(for_all=lambda: serving, for_prompt=lambda n: serving),
-        model=SimpleNamespace(recurrent=False),
+        contexts=SimpleNamespace(for_all=lambda: serving, for_prompt=lambda n: serving, policy=None),
+        model=SimpleNamespace(recurrent=False, n_layer=2),
         planned=SimpleNamespace(context=5),
         embedder=None,
     )
