@@ -22,6 +22,8 @@ from ziggurat.runtime.errors import InvalidRequestError
 
 #: The preset taken when a budget is given and none is named, and the name for no budget.
 DEFAULT_PRESET, NO_BUDGET = "pyramid", "none"
+#: Prompts that are read at a time, unless asked otherwise.
+LANES = 2
 _LENGTHS = 256  # of prompts that ``most_rows`` looks at
 _LIBRARY_ROWS = 256  # rows of a context are allocated in such steps
 
@@ -90,6 +92,10 @@ class KVPolicy:
         step = max(1, n_ctx // _LENGTHS)
         found = [self.rows(layers, n_ctx, tokens) for tokens in (*range(step, n_ctx, step), n_ctx)]
         return tuple(map(max, zip(*found, strict=True)))
+
+    def lanes(self, parallel: int) -> int:
+        """Return how many prompts are read at a time when so many requests run together."""
+        return min(self.reading or LANES, parallel)
 
     def settings(self, rows: tuple[int, ...]) -> KVSettings:
         """Return what a context is made with, to keep these rows."""

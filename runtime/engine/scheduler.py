@@ -176,12 +176,13 @@ class Scheduler:
     def _shares(self, n_tokens: int, reused: int) -> bool:
         """Whether a prompt's beginning is worth a sequence of its own, from which later prompts begin.
 
-        Only where rows are evicted: what keeps all of them can begin another prompt anyway. And only when it is no
-        longer than what every layer keeps whole.
+        Only where rows are evicted: what keeps all of them can begin another prompt anyway. And only when every layer
+        has room for it as a whole.
         """
-        if not self.serving.context.kv_active or n_tokens - reused < LEAST_FORK:
+        kv = self.serving.context.settings.kv
+        if kv is None or not self.serving.context.kv_active or n_tokens - reused < LEAST_FORK:
             return False
-        return len(self.slots.all) > self._turns.parallel and min(self.serving.rows(n_tokens)) >= n_tokens
+        return len(self.slots.all) > self._turns.parallel and n_tokens <= min(kv.rows)
 
     def _end(self, generation: Generation, error: Exception | None = None) -> None:
         """Take a request off its sequence, which keeps what it holds unless something went wrong."""
@@ -259,7 +260,10 @@ class Scheduler:
         tokens = generation.parts[0]
         if not context.kv_active:
             return ChunkReader(context, self.serving.batch, slot.index, tokens, len(slot.tokens))
-        self.slots.set_budget(slot, self.serving.rows(len(slot.tokens) + len(tokens)))
+        kv = context.settings.kv
+        assert kv is not None
+        shared = len(generation.parts) > 1  # nothing of that is evicted
+        self.slots.set_budget(slot, kv.rows if shared else self.serving.rows(len(slot.tokens) + len(tokens)))
         return StepReader(context, slot.index, tokens)
 
     def _finish_part(self, generation: Generation, reader: PromptReader) -> None:

@@ -9,7 +9,7 @@ from ziggurat.runtime.bindings import ContextSettings
 from ziggurat.runtime.engine.speculation import MAX_DRAFT
 from ziggurat.runtime.errors import InvalidRequestError
 from ziggurat.runtime.hardware import default_threads
-from ziggurat.runtime.kv_policy import KVPolicy
+from ziggurat.runtime.kv_policy import LANES, KVPolicy
 from ziggurat.runtime.lora import LoraAdapter
 
 #: Context taken when none is asked for: the model's own, but no more than this.
@@ -85,8 +85,7 @@ class EngineSettings:
     @property
     def lanes(self) -> int:
         """Prompts that are read at a time."""
-        asked = self.kv.reading if self.kv is not None else None
-        return min(asked or 2, self.parallel)
+        return min(LANES, self.parallel) if self.kv is None else self.kv.lanes(self.parallel)
 
     def ctx_of(self, n_ctx_train: int) -> int:
         """Return the context of a conversation for a model trained with one of so many tokens (0: unknown)."""

@@ -110,7 +110,7 @@ def test_the_plan_counts_a_budgets_parts(spm_path: Path) -> None:
 
 def test_budgets_make_room_for_conversations(spm_path: Path) -> None:
     outline = plan.outline(read_gguf(spm_path))
-    policy = KVPolicy(Budget(rows=100), Uniform())
+    policy = KVPolicy(Budget(rows=100), Uniform(), reading=1)
     asked = ContextSettings(n_ctx=8192)
     memory = plan.Planner(outline).plan(dataclasses.replace(asked, n_seq_max=4)).total
     with_budget = plan.Planner(outline, policy=policy)
