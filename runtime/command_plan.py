@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     "--kv-reading",
     type=click.IntRange(1),
     metavar="N",
-    help="With a KV budget, prompts that may be read at a time, each in memory of its own; default: 2 if there are more conversations than one.",
+    help="With a KV budget, prompts that may be read at a time, each in memory of its own; default: 2, for one"
+    " conversation 1.",
 )
 @click.option("--batch", type=click.IntRange(1), default=2048, show_default=True, metavar="N", help="Largest batch.")
 @click.option(

@@ -50,20 +50,6 @@ def oldest(slot: Slot) -> tuple[bool, int, int]:
     return bool(slot.tokens), slot.last_used if slot.tokens else 0, slot.index
 
 
-def vacate(free: Sequence[Slot], slots: Sequence[Slot]) -> Slot:
-    """Choose the sequence whose content goes: of the older half of the free ones one beside a busy one, if there is.
-
-    llama.cpp computes only sequences together whose numbers follow each other: a hole between those in use costs one
-    more pass over the weights in every step (1.9 times the step of four, measured with engine_rate.py's model).
-    """
-    busy = {slot.index for slot in slots if slot.busy}
-    by_age = sorted(free, key=oldest)
-    empty = [slot for slot in by_age if not slot.tokens]
-    older = empty or by_age[: (len(by_age) + 1) // 2]
-    beside = [slot for slot in older if {slot.index - 1, slot.index + 1} & busy]
-    return (beside or older)[0]
-
-
 def place(
     prompt: Sequence[int], slots: Iterable[Slot], *, conversation: str | None = None, reread: bool = False
 ) -> Placement | None:
@@ -91,7 +77,7 @@ def place(
     if count and not best.busy and (same or most or not others):
         return Placement(best.index, count)
     own = [held for held in free if conversation is not None and held.conversation == conversation]
-    target = vacate(own or others or free, slots)
+    target = min(own or others or free, key=oldest)
     if target is not best and count >= max(LEAST_FORK, counts[target.index] + 1):
         return Placement(target.index, count, best.index)
     return Placement(target.index, counts[target.index])

@@ -71,14 +71,60 @@ class Slots:
         assert placement is not None, "the scheduler asks when there is a free sequence"
         slot, reused = self.all[placement.slot], placement.reused
         if placement.source is not None:
-            reused = self._copy(self.all[placement.source], slot, reused)
-        elif reused < len(slot.tokens):
+            source = self.all[placement.source]
+            aside = self._aside(slot)
+            if source is aside and source is not slot:  # what it holds moves to where there is room
+                source = slot
+            slot = self._replace(slot, aside)
+            reused = self._copy(source, slot, reused)
+        elif not reused:
+            slot = self._replace(slot, self._aside(slot))
+            self.clear(slot)
+        else:
+            slot = self._shift(slot, self._aside(slot))
+            reused = min(reused, len(slot.tokens))
+        if reused < len(slot.tokens):
             self.cut(slot, reused)
             reused = len(slot.tokens)
         self.touch(slot)
         slot.apart = False
         self.name(slot, request.conversation)
         return slot, reused
+
+    def _aside(self, slot: Slot) -> Slot:
+        """Return the free sequence in whose place a prompt had better run: beside those in use.
+
+        llama.cpp computes only sequences together whose numbers follow each other: a hole between those in use costs
+        one more pass over the weights in every step, which is longer than moving a sequence takes.
+        """
+        busy = {other.index for other in self.all if other.busy}
+        if not busy or {slot.index - 1, slot.index + 1} & busy:
+            return slot
+        near = [other for other in self.all if not other.busy and {other.index - 1, other.index + 1} & busy]
+        return min(near, key=oldest, default=slot)
+
+    def _replace(self, slot: Slot, aside: Slot) -> Slot:
+        """Take a sequence aside of the one whose content goes, which gets what it held."""
+        if aside is not slot and aside.tokens:
+            self._move(aside, slot)
+        return aside
+
+    def _shift(self, slot: Slot, aside: Slot) -> Slot:
+        """Move a sequence that is to go on aside; what was there takes the place of what was used longest ago."""
+        if aside is slot:
+            return slot
+        others = [other for other in self.all if not other.busy and other is not slot]
+        victim = min(others, key=oldest)
+        if aside.tokens and victim is not aside:
+            self._move(aside, victim)
+        self._move(slot, aside)
+        return aside
+
+    def _move(self, source: Slot, target: Slot) -> None:
+        last_used, conversation, apart = source.last_used, source.conversation, source.apart
+        if self._copy(source, target, len(source.tokens)):
+            target.last_used, target.conversation, target.apart = last_used, conversation, apart
+        self.clear(source)
 
     def name(self, slot: Slot, conversation: str | None) -> None:
         """Say whose a sequence is; what another one has of the same conversation is older."""

@@ -6,6 +6,7 @@ import pytest
 
 from helpers.fake_library import Clock, FakeContext, FakeSampler, Fault
 from ziggurat.runtime.engine.admission import Job
+from ziggurat.runtime.engine.generation import Generation
 from ziggurat.runtime.engine.protocol import GenerationRequest
 from ziggurat.runtime.engine.rates import Rate, Typical
 from ziggurat.runtime.engine.slots import Slots
@@ -122,3 +123,55 @@ def test_what_is_typical_is_not_moved_by_one_that_is_not() -> None:
     for _ in range(3):
         typical.record(7.0)
     assert typical.seconds == 7.0
+
+
+def run_on(slots: Slots, index: int) -> None:
+    """Let a request run there."""
+    running: Any = object.__new__(Generation)
+    running.pending = 1
+    slots.all[index].generation = running
+
+
+def held(slots: Slots, context: FakeContext) -> list[list[int]]:
+    assert [sequence.tokens for sequence in context.sequences] == [slot.tokens for slot in slots.all]
+    return [slot.tokens for slot in slots.all]
+
+
+@pytest.mark.parametrize("kind", ["budget", "plain"])
+def test_requests_run_side_by_side_and_what_stood_there_moves(kind: Any) -> None:
+    slots, context = make(kind, 5)
+    texts = [[place + 1, *TEXT[: 20 + place]] for place in range(5)]
+    for place in (4, 1, 0, 2, 3):  # the last one was used longest ago
+        fill(slots, context, place, texts[place])
+    slots.all[1].conversation = "one"
+    run_on(slots, 0)
+    slot, reused = slots.prepare(job([49, 48, 47]))  # nothing is like it: 4 goes, and 1, beside 0, moves there
+    assert (slot.index, reused) == (1, 0)
+    assert held(slots, context) == [texts[0], [], texts[2], texts[3], texts[1]]
+    assert slots.all[4].conversation == "one"
+
+
+@pytest.mark.parametrize("kind", ["budget", "plain"])
+def test_what_goes_on_moves_beside_those_in_use(kind: Any) -> None:
+    slots, context = make(kind, 5)
+    texts = [[place + 1, *TEXT[: 20 + place]] for place in range(5)]
+    for place in (4, 1, 0, 2, 3):
+        fill(slots, context, place, texts[place])
+    run_on(slots, 0)
+    slot, reused = slots.prepare(job([*texts[3], 7, 8], conversation="three"))
+    assert (slot.index, reused) == (1, len(texts[3]))
+    assert held(slots, context) == [texts[0], texts[3], texts[2], [], texts[1]]  # 4 was used longest ago
+    assert slots.all[1].conversation == "three"
+
+
+@pytest.mark.parametrize("kind", ["budget", "plain"])
+def test_a_copy_of_what_has_to_move_is_of_where_it_is_then(kind: Any) -> None:
+    slots, context = make(kind, 3)
+    fill(slots, context, 2, [40, *TEXT[:30]])
+    fill(slots, context, 1, TEXT[:22])
+    run_on(slots, 0)
+    slots.all[1].apart = True
+    slot, reused = slots.prepare(job([*TEXT[:18], 50]))
+    assert (slot.index, reused) == (1, 18)
+    assert held(slots, context) == [[], TEXT[:18], TEXT[:22]]
+    assert slots.all[2].apart and not slots.all[1].apart
