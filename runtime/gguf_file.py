@@ -74,6 +74,10 @@ class GGUFFile:
         value = self.fields.get(key)
         return None if isinstance(value, ArrayField) else value
 
+    def scalars(self) -> dict[str, Scalar]:
+        """Return all scalar fields."""
+        return {key: value for key, value in self.fields.items() if not isinstance(value, ArrayField)}
+
     def text(self, key: str) -> str | None:
         """Return a string field, or None."""
         value = self.fields.get(key)

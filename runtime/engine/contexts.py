@@ -17,7 +17,8 @@ class Serving:
     """A context with the batch it is fed by and the figures of one sequence's cache.
 
     ``rows`` tells how many each layer keeps of so many tokens; nothing without a budget. ``kept`` and ``allocated`` are
-    the cache's bytes for all sequences, after prompts and with what reading them takes.
+    the cache's bytes for all sequences, after prompts and with what reading them takes, ``row_bytes`` those of a row of
+    a layer, all KV heads together, in the mean of the layers.
     """
 
     context: Context
@@ -26,6 +27,7 @@ class Serving:
     rows: Callable[[int], tuple[int, ...]]
     kept: int = 0
     allocated: int = 0
+    row_bytes: float = 0.0
 
 
 class Contexts:
@@ -74,7 +76,8 @@ class Contexts:
         kv, layout = self._figures(context), context.kv_layout()
         kept = layout.kept_bytes if layout is not None else kv.full * settings.n_seq_max
         allocated = layout.total_bytes if layout is not None else kept
-        return Serving(context, context.new_batch(), kv, self._rows, kept, allocated)
+        row_bytes = kv.full / (plan.padded(settings.n_ctx) * self._model.n_layer)
+        return Serving(context, context.new_batch(), kv, self._rows, kept, allocated, row_bytes)
 
     def _rows(self, n_tokens: int) -> tuple[int, ...]:
         if self.policy is None:

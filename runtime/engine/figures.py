@@ -19,7 +19,8 @@ def engine_stats(worker: Worker) -> EngineStats:
     slots: tuple[SlotStats, ...] = ()
     if decoding is not None:
         kept, allocated = scheduler.serving.kept, scheduler.serving.allocated
-        slots = tuple(map(_slot, scheduler.slots.all))
+        row_bytes = scheduler.serving.row_bytes
+        slots = tuple(_slot(slot, row_bytes) for slot in scheduler.slots.all)
     return EngineStats(
         loaded=not inbox.closing,
         running=len(running),
@@ -37,15 +38,16 @@ def engine_stats(worker: Worker) -> EngineStats:
     )
 
 
-def _slot(slot: Slot) -> SlotStats:
-    generation = slot.generation
+def _slot(slot: Slot, row_bytes: float) -> SlotStats:
+    generation, rows = slot.generation, slot.rows
     if generation is None:
-        return SlotStats("idle", len(slot.tokens), slot.rows, conversation=slot.conversation)
+        return SlotStats("idle", len(slot.tokens), rows, round(rows * row_bytes), conversation=slot.conversation)
     reading = generation.reading
     return SlotStats(
         "reading" if reading else "decoding",
         len(slot.tokens),
-        slot.rows,
+        rows,
+        round(rows * row_bytes),
         request_id=generation.job.request.id,
         conversation=slot.conversation,
         prompt_progress=generation.prompt_progress if reading else None,

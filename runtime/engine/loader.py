@@ -90,6 +90,7 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
             chat_template=model.chat_template,
             kv_bytes=sum(expected.kv_per_layer),
             kv_unsupported=unsupported,
+            metadata=file.scalars(),
             parallel=settings.parallel,
             generates_text=generates_text,
             embedding_size=model.n_embd_out if settings.embeddings else None,

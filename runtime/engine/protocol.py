@@ -194,8 +194,8 @@ class ModelInfo:
 
     ``parallel`` requests run at a time. ``kv_bytes`` is what the cache takes after prompts as long as the context.
     ``kv_unsupported`` says why the KV budget that was asked for is not used and every row is kept; None when it is
-    used, or none was asked for. ``embedding_size`` is None where the engine makes no embeddings. ``chat_template`` is
-    the template's source, None if the model has none.
+    used, or none was asked for. ``metadata`` are the file's single values by name. ``embedding_size`` is None where the
+    engine makes no embeddings. ``chat_template`` is the template's source, None if the model has none.
     """
 
     path: str
@@ -219,13 +219,14 @@ class ModelInfo:
 class SlotStats:
     """One sequence of the context: what it does (``idle``, ``reading`` or ``decoding``), and for whom.
 
-    ``tokens`` it has seen, ``rows`` it holds over all layers, per KV head; ``prompt_progress`` is the part of its
-    prompt, 0.0 to 1.0, that was read while it reads.
+    ``tokens`` it has seen, ``rows`` it holds over all layers, per KV head, as last counted, and about what they take in
+    bytes; ``prompt_progress`` is the part of its prompt, 0.0 to 1.0, that was read while it reads.
     """
 
     state: str
     tokens: int
     rows: int
+    kv_bytes: int = 0
     request_id: str | None = None
     conversation: str | None = None
     prompt_progress: float | None = None

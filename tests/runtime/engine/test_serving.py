@@ -62,6 +62,7 @@ def test_eight_requests_get_what_each_gets_alone(engine: LlamaEngine) -> None:
     assert together == alone
     stats = engine.stats()
     assert (stats.finished, stats.running, stats.queued, stats.failed) == (16, 0, 0, 0)
+    assert all(0 < slot.kv_bytes == slot.rows * 2 * 2 * 16 * 2 for slot in stats.slots[:4])
     assert stats.decode_tokens_per_second > 0 < stats.prefill_tokens_per_second
     assert stats.kv_bytes <= stats.kv_bytes_allocated <= stats.kv_bytes_planned <= 1.05 * stats.kv_bytes_allocated
 
@@ -107,6 +108,12 @@ def test_requests_beyond_the_queue_are_refused(engine: LlamaEngine) -> None:
     ends = [list(stream)[-1] for stream in streams]
     assert all(isinstance(end, FinishEvent) and end.reason == "cancelled" for end in ends)
     assert finish(engine, ask(tokens(3), 2))[1].reason == "length"
+
+
+def test_metadata_are_told(engine: LlamaEngine) -> None:
+    metadata = engine.load().metadata
+    assert metadata["general.architecture"] == "llama"
+    assert all(isinstance(value, (str, int, float)) for value in metadata.values())
 
 
 def test_a_request_that_takes_too_long_is_ended(engine: LlamaEngine) -> None:
