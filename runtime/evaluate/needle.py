@@ -61,7 +61,8 @@ class Needle:
     """A prompt and the answer it asks for. ``depth`` is the wanted, ``actual_depth`` the nearest possible one.
 
     ``expected`` is the value's text in the text form; in the token form it is empty and ``expected_tokens`` counts.
-    ``length`` is the prompt plus the room for the answer, in tokens.
+    ``length`` is the prompt plus the room for the answer, in tokens. ``hidden`` are the keys and values of all facts in
+    the text form, the one asked for among them.
     """
 
     prompt: tuple[int, ...]
@@ -72,6 +73,7 @@ class Needle:
     key: str
     expected: str
     expected_tokens: tuple[int, ...]
+    hidden: tuple[tuple[str, str], ...] = ()
 
 
 #: Makes the trial with this generator: (rng, length, depth, facts).
@@ -170,7 +172,8 @@ class TextNeedles:
         pieces = self._scatter(rng, room, sentences)
         document, actual = place(pieces, fact, depth)
         prompt = (*self._head, *document, *closing, *self._tail)
-        return Needle(prompt, length, depth, actual, facts, keys[asked], values[asked], ())
+        hidden = tuple(zip(keys, values, strict=True))
+        return Needle(prompt, length, depth, actual, facts, keys[asked], values[asked], (), hidden)
 
     def _draw(self, rng: random.Random, facts: int) -> tuple[list[str], list[str]]:
         """Draw distinct keys and values that the filler does not contain."""

@@ -135,12 +135,12 @@ def gap(model: BudgetModel, options: argparse.Namespace) -> Figures:
     }  # fmt: skip
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
+def resident(kind: str = "VmRSS") -> int:
+    """Bytes of this process in memory, or those of another line of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit("/proc/self/status has no VmRSS")
+    raise SystemExit(f"/proc/self/status has no {kind}")
 
 
 def endless(model: BudgetModel, options: argparse.Namespace) -> Figures:

@@ -204,15 +204,15 @@ def memory(model: BudgetModel, options: argparse.Namespace, length: int) -> Figu
     return figures
 
 
-def ready_model(options: argparse.Namespace) -> Path:
+def ready_model(options: argparse.Namespace, shape: str = "0.3b") -> Path:
     """The model of --work, made if it is not there."""
     from random_model import write_model
 
-    path = Path(options.work / "0.3b-q4_0.gguf")
+    path = Path(options.work / f"{shape}-q4_0.gguf")
     if not path.exists():
         options.work.mkdir(parents=True, exist_ok=True)
-        write_model(options.work / "0.3b", "0.3b")
-        command = ["-m", "ziggurat.converter", str(options.work / "0.3b"), str(path), "--type", "q4_0"]
+        write_model(options.work / shape, shape)
+        command = ["-m", "ziggurat.converter", str(options.work / shape), str(path), "--type", "q4_0"]
         command += ["--no-awq", "--no-imatrix"]
         subprocess.run([sys.executable, *command], check=True)
     return path
