@@ -108,7 +108,7 @@ def profiled(on: bool) -> Iterator[None]:
 
 def measure(options: argparse.Namespace) -> list[Figures]:
     settings = EngineSettings(
-        n_ctx=options.ctx, threads=options.threads, flash_attention="on",
+        n_ctx=options.ctx, parallel=max(options.streams), threads=options.threads, flash_attention="on",
         kv=pyramid(options.rows),
     )  # fmt: skip
     with library_calls() as calls, profiled(options.profile), LlamaEngine(options.model, settings) as engine:

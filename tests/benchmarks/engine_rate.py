@@ -2,9 +2,10 @@
 
 Both read a prompt of --prompt tokens for every stream and then generate; same file, threads, context per stream, flash
 attention and F16 rows, each stream with rows of its own. The engine's streams are consumed by a thread each, chosen
-greedily, and measured over the last --generate steps of the one that ends first, in which all of them decode.
-llama-batched-bench chooses no tokens: it decodes random ones. A side is measured between two of the other's (ABBA);
-medians of the pairs' ratios, above 1 the engine is faster. --noise runs llama-batched-bench on both sides.
+greedily, and measured over the last --generate steps of the one that ends first, in which all of them decode. Its first
+streams are some tokens ahead by then: llama-batched-bench's prompts are longer by as many as they may be. It chooses no
+tokens, it decodes random ones. A side is measured between two of the other's (ABBA); medians of the pairs' ratios,
+above 1 the engine is faster. --noise runs llama-batched-bench on both sides.
 
 The model is --model, or a random one of a 0.3B Llama's shape in Q4_0, made in --work unless it is there. The last line
 is JSON; --json FILE appends it to that file's list.
@@ -31,11 +32,16 @@ Figures = dict[str, Any]
 N_CTX = 512
 
 
+def ahead(streams: int) -> int:
+    """Tokens that the first streams may have generated when the last one's prompt is read."""
+    return 8 * (streams - 1) + 1
+
+
 def bench_seconds(options: argparse.Namespace, streams: int) -> float:
     """Seconds for a token of llama-batched-bench, whose batch has a token of every stream."""
     found = run(
-        options.bench, "-m", options.model, "-c", N_CTX * streams, "-b", 2048, "-ub", 512, "-npp", options.prompt,
-        "-ntg", options.generate, "-npl", streams, "-t", options.threads, "-tb", options.threads, "-fa", "on",
+        options.bench, "-m", options.model, "-c", N_CTX * streams, "-b", 2048, "-ub", 512,
+        "-npp", options.prompt + ahead(streams), "-ntg", options.generate, "-npl", streams, "-t", options.threads, "-tb", options.threads, "-fa", "on",
         "-ctk", "f16", "-ctv", "f16", "--no-kv-unified", "--output-format", "jsonl",
     )  # fmt: skip
     lines = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
@@ -44,7 +50,7 @@ def bench_seconds(options: argparse.Namespace, streams: int) -> float:
 
 def engine_seconds(engine: LlamaEngine, options: argparse.Namespace, streams: int, seed: int) -> float:
     """Seconds for a token of the engine."""
-    most = options.generate + 16 * streams  # while the last prompts are read, the first streams decode already
+    most = options.generate + ahead(streams)
     listeners = [
         Listener(engine, request(options.prompt, most, 1000 * seed + stream)) for stream in range(streams)
     ]  # fmt: skip
