@@ -63,7 +63,8 @@ class Run:
         streams = [self._start(options.prompt, options.ctx) for _ in range(options.streams)]
         try:
             begun = max(listener.until(options.steps // 8) for listener in streams)
-            quiet = max(listener.until(len(listener.times) + options.steps) for listener in streams)
+            counts = [len(listener.times) + options.steps for listener in streams]
+            quiet = max(listener.until(count) for listener, count in zip(streams, counts, strict=True))
             short = self.short()
             long = self._start(options.long, 2)
             timer = threading.Thread(target=self._in_the_middle, args=(long,))
