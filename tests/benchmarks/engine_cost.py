@@ -6,8 +6,8 @@ microsecond a call and is counted as Python's. Of the engine's thread, as a shar
 
     python   what is not inside the library's functions, by the clock; on a busy machine also what others took
     cpu      the same in the thread's CPU time: without what it waited for
-    upper    wall time less the CPU time inside the library; also what it waited for after a call, for the interpreter
-             which a consumer held (each stream has one, in a thread of its own), and for the other cores' results
+    waiting  wall time less CPU time in calls other than llama_decode: after a call the thread waits for the interpreter
+             while a consumer holds it (each stream has one, in a thread of its own)
 
 The model is --model, or a random one of a 1B Llama's shape in Q4_0, made in --work unless it is there. --functions
 prints seconds by library function, --profile where Python's time goes (cProfile of the engine's thread, which costs
@@ -42,7 +42,7 @@ Figures = dict[str, Any]
 def shares(calls: list[Call], streams: int) -> Figures:
     """Of the steps between the decodes of whole batches."""
     ends = [index for index, call in enumerate(calls) if call.name == "llama_decode"]
-    walls, outside, outside_cpu, inside_cpu = [], [], [], []
+    walls, outside, outside_cpu, waiting = [], [], [], []
     for before, after in zip(ends, ends[1:], strict=False):
         if calls[before].tokens != streams or calls[after].tokens != streams:
             continue
@@ -51,8 +51,8 @@ def shares(calls: list[Call], streams: int) -> Figures:
         cpu = (inner[-1].thread_begin + inner[-1].cpu) - (last.thread_begin + last.cpu)
         walls.append(wall)
         outside.append(wall - sum(call.seconds for call in inner))
-        inside_cpu.append(sum(call.cpu for call in inner))
-        outside_cpu.append(cpu - inside_cpu[-1])
+        outside_cpu.append(cpu - sum(call.cpu for call in inner))
+        waiting.append(sum(call.seconds - call.cpu for call in inner[:-1]))
     if not walls:
         raise SystemExit(f"no two neighbouring steps of {streams} sequences")
     return {
@@ -60,14 +60,14 @@ def shares(calls: list[Call], streams: int) -> Figures:
         "cpu_s": statistics.median(outside_cpu),
         "calls": round(sum(b - a for a, b in zip(ends, ends[1:], strict=False)) / max(1, len(ends) - 1), 1),
         "python": sum(outside) / sum(walls), "cpu": sum(outside_cpu) / sum(walls),
-        "upper": (sum(walls) - sum(inside_cpu)) / sum(walls),
+        "waiting": sum(waiting) / sum(walls),
     }  # fmt: skip
 
 
 def level(engine: LlamaEngine, calls: Calls, options: argparse.Namespace, streams: int) -> Figures:
     """The steps in which so many streams decode."""
     calls.made.clear()
-    most = options.generate + 8 * streams
+    most = options.generate + 2 * streams
     listeners = [Listener(engine, request(options.prompt, most, 100 * streams + n)) for n in range(streams)]
     begin = max(listener.until(1) for listener in listeners)
     end = min(listener.until(most) for listener in listeners)

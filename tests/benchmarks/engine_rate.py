@@ -41,8 +41,9 @@ def bench_seconds(options: argparse.Namespace, streams: int) -> float:
     """Seconds for a token of llama-batched-bench, whose batch has a token of every stream."""
     found = run(
         options.bench, "-m", options.model, "-c", N_CTX * streams, "-b", 2048, "-ub", 512,
-        "-npp", options.prompt + ahead(streams), "-ntg", options.generate, "-npl", streams, "-t", options.threads, "-tb", options.threads, "-fa", "on",
-        "-ctk", "f16", "-ctv", "f16", "--no-kv-unified", "--output-format", "jsonl",
+        "-npp", options.prompt + ahead(streams), "-ntg", options.generate, "-npl", streams,
+        "-t", options.threads, "-tb", options.threads, "-fa", "on", "-ctk", "f16", "-ctv", "f16", "--no-kv-unified",
+        "--output-format", "jsonl",
     )  # fmt: skip
     lines = [json.loads(line) for line in found.splitlines() if line.startswith("{")]
     return 1 / float(lines[0]["speed_tg"])
