@@ -41,7 +41,7 @@ from ziggurat.runtime.plan import open_planner
 
 Figures = dict[str, Any]
 CALLERS, PARALLEL = 8, 4
-SHARED = 4  # beginnings that some requests share
+SHARED, BEGINNING = 4, 32  # beginnings that some requests share, and their tokens
 
 
 class Peak:
@@ -77,7 +77,7 @@ def ask(engine: LlamaEngine, seed: int, longest: int) -> None:
     rng = random.Random(seed)
     asked = request(rng.randint(1, longest // 2), rng.randint(1, 24), seed)
     if rng.random() < 1 / 3 and asked.tokens:
-        start = request(longest // 2, 1, rng.randrange(SHARED)).tokens or ()
+        start = request(BEGINNING, 1, rng.randrange(SHARED)).tokens or ()
         asked = replace(asked, tokens=(*start, *asked.tokens))
     cancelled = rng.choice((0, 1, 8)) if rng.random() < 0.25 else None
     stream = engine.stream(asked)
@@ -125,6 +125,7 @@ def many_requests(options: argparse.Namespace) -> Figures:
         "part": "requests", "rows": options.rows, "ctx": options.ctx, "sequences": settings.n_seq_max,
         **counters(stats), "marks": marks,
         "growth_bytes": last["anonymous"] - first["anonymous"],
+        "second_half_growth_bytes": last["anonymous"] - marks[len(marks) // 2 - 1]["anonymous"],
         "buffers_flat": len({(m["context"], m["compute"]) for m in marks}) == 1,
         "planned": {
             "context": planned.context, "compute": planned.compute, "output": planned.output,
