@@ -118,7 +118,7 @@ def many_requests(options: argparse.Namespace) -> Figures:
         planned = planner.plan(settings)
     with open_planner(options.model, gpu_layers=0, ask_library=False) as planner:
         estimated = planner.plan(settings)
-    few = max(1, 200 // options.mark)
+    few = min(max(1, 200 // options.mark), len(marks))
     first, last = marks[few - 1], marks[-1]
     anonymous = peak.bytes - before["RssAnon"]
     return {
