@@ -5,7 +5,8 @@ attention and F16 rows, each stream with rows of its own. The engine's streams a
 greedily, and measured over the last --generate steps of the one that ends first, in which all of them decode. Its first
 streams are some tokens ahead by then: llama-batched-bench's prompts are longer by as many as they may be. It chooses no
 tokens, it decodes random ones. A side is measured between two of the other's (ABBA); medians of the pairs' ratios,
-above 1 the engine is faster. --noise runs llama-batched-bench on both sides.
+above 1 the engine is faster. --noise runs llama-batched-bench on both sides. With --parallel the engine has more
+sequences than streams: the library computes together only those whose numbers follow each other.
 
 The model is --model, or a random one of a 0.3B Llama's shape in Q4_0, made in --work unless it is there. The last line
 is JSON; --json FILE appends it to that file's list.
@@ -65,32 +66,28 @@ def engine_seconds(engine: LlamaEngine, options: argparse.Namespace, streams: in
     return (times[-1] - begin) / options.generate / streams
 
 
-def measure(options: argparse.Namespace) -> Figures:
-    """Rates in tokens per second and ratios, by number of streams."""
+def level(options: argparse.Namespace, streams: int) -> Figures:
+    """Rates in tokens per second and ratios."""
     settings = EngineSettings(
-        n_ctx=N_CTX, parallel=max(options.streams), threads=options.threads, flash_attention="on",
+        n_ctx=N_CTX, parallel=options.parallel or streams, threads=options.threads, flash_attention="on",
         kv=pyramid(options.rows),
     )  # fmt: skip
-    seeds, levels = count(1), []
+    seeds = count(1)
     with LlamaEngine(options.model, settings) as engine:
         engine.load()
-        for streams in options.streams:
 
-            def bench(streams: int = streams) -> float:
-                return bench_seconds(options, streams)
+        def bench() -> float:
+            return bench_seconds(options, streams)
 
-            def ours(streams: int = streams) -> float:
-                return bench(streams) if options.noise else engine_seconds(engine, options, streams, next(seeds))
+        def ours() -> float:
+            return bench() if options.noise else engine_seconds(engine, options, streams, next(seeds))
 
-            ours()
-            figures = interleaved(bench, ours, options.pairs)
-            rates = {"bench_rate": 1 / figures.pop("stock_s"), "engine_rate": 1 / figures.pop("ours_s")}
-            levels.append({"streams": streams, **rates, **figures})
-            print(json.dumps(levels[-1]), flush=True)
-    return {
-        "benchmark": "engine_rate", "model": options.model.name, "threads": options.threads, "noise": options.noise,
-        "rows": options.rows, "prompt": options.prompt, "generate": options.generate, "n_ctx": N_CTX, "levels": levels,
-    }  # fmt: skip
+        ours()
+        figures = interleaved(bench, ours, options.pairs)
+    rates = {"bench_rate": 1 / figures.pop("stock_s"), "engine_rate": 1 / figures.pop("ours_s")}
+    figures = {"streams": streams, "parallel": settings.parallel, **rates, **figures}
+    print(json.dumps(figures), flush=True)
+    return figures
 
 
 def main() -> None:
@@ -99,6 +96,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the random model")
     parser.add_argument("--model", type=Path, metavar="GGUF", help="another model")
     parser.add_argument("--streams", type=lengths, default=[1, 2, 4, 8], metavar="N,…")
+    parser.add_argument("--parallel", type=int, help="sequences of the engine (default: as many as streams)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=6, help="for each number of streams (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens (default: %(default)s)")
@@ -110,7 +108,11 @@ def main() -> None:
     if options.model is None and options.work is None:
         parser.error("give --work or --model")
     options.model = options.model or ready_model(options)
-    result = measure(options)
+    result = {
+        "benchmark": "engine_rate", "model": options.model.name, "threads": options.threads, "noise": options.noise,
+        "rows": options.rows, "prompt": options.prompt, "generate": options.generate, "n_ctx": N_CTX,
+        "levels": [level(options, streams) for streams in options.streams],
+    }  # fmt: skip
     if options.json:
         append(options.json, result)
     print(json.dumps(result))
