@@ -2,7 +2,8 @@
 
 ``protocol`` is what front ends talk to and all that is imported with this package; ``llama_engine`` is the real one.
 Behind it ``scheduler`` decides what the context computes next, ``admission`` who gets in, ``slots`` and ``reuse`` in
-which sequence and on which of its rows, ``prefill`` reads prompts, ``generation`` is the state of one answer, and
+which sequence and on which of its rows, ``reading`` (with ``prefill``) reads prompts, ``decoding`` takes the steps,
+``generation`` is the state of one answer, and
 ``speculation`` proposes its tokens. ``loader`` and ``contexts`` make the context, ``prompts`` turns requests into
 tokens, ``text`` tokens into text, and ``stream`` carries them to whoever asked.
 """

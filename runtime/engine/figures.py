@@ -13,11 +13,11 @@ def engine_stats(worker: Worker) -> EngineStats:
     """Put the counters together. Nothing is locked: figures of one moment may be of two neighbouring steps."""
     scheduler, inbox = worker.scheduler, worker.inbox
     running = list(scheduler.running)
-    decoding = scheduler.decoding
+    ready = scheduler.ready
     reading = [generation.prompt_progress for generation in running if generation.reading]
     kept = allocated = 0
     slots: tuple[SlotStats, ...] = ()
-    if decoding is not None:
+    if ready:
         kept, allocated = scheduler.serving.kept, scheduler.serving.allocated
         row_bytes = scheduler.serving.row_bytes
         slots = tuple(_slot(slot, row_bytes) for slot in scheduler.slots.all)
@@ -30,8 +30,8 @@ def engine_stats(worker: Worker) -> EngineStats:
         kv_bytes=kept,
         kv_bytes_allocated=allocated,
         kv_bytes_planned=worker.loaded.planned.context,
-        prefill_tokens_per_second=scheduler.prefill_rate.per_second,
-        decode_tokens_per_second=decoding.rate.per_second if decoding is not None else 0.0,
+        prefill_tokens_per_second=scheduler.reading.rate.per_second if ready else 0.0,
+        decode_tokens_per_second=scheduler.decoding.rate.per_second if ready else 0.0,
         prompt_progress=reading[0] if reading else None,
         slots=slots,
         **asdict(scheduler.counts),

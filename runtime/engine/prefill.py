@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ziggurat.runtime.bindings import Batch, Context
@@ -55,24 +55,37 @@ class StepReader:
 
 
 class ChunkReader:
-    """Without a budget: a step is a ubatch. ``batch`` may be used by others between the steps."""
+    """Without a budget: a step is a chunk of as many tokens as ``size`` says, a ubatch at most.
 
-    def __init__(self, context: Context, batch: Batch, sequence: int, tokens: Sequence[int], start: int) -> None:
+    ``batch`` may be used by others between the steps.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        batch: Batch,
+        sequence: int,
+        tokens: Sequence[int],
+        start: int,
+        size: Callable[[], int] | None = None,
+    ) -> None:
         self._context, self._batch, self._sequence = context, batch, sequence
-        self._tokens, self._start, self._n_read = tokens, start, 0
-        self._size = min(context.n_ubatch, batch.capacity)
+        self._tokens, self._start = tokens, start
+        self._most = min(context.n_ubatch, batch.capacity)
+        self._size = size or (lambda: self._most)
+        self.n_read = 0
         self.output = -1
 
     @property
     def progress(self) -> float:
         """The part of the tokens that is read."""
-        return self._n_read / len(self._tokens)
+        return self.n_read / len(self._tokens)
 
     def step(self) -> bool:
         """Compute a chunk; after an abort the next one is the same again."""
-        chunk = self._tokens[self._n_read : self._n_read + self._size]
-        last = self._n_read + len(chunk) == len(self._tokens)
-        position = self._start + self._n_read
+        chunk = self._tokens[self.n_read : self.n_read + min(self._most, self._size())]
+        last = self.n_read + len(chunk) == len(self._tokens)
+        position = self._start + self.n_read
         self._batch.clear()
         index = self._batch.add(chunk, position, self._sequence, output_last=last)
         try:
@@ -82,7 +95,7 @@ class ChunkReader:
             if isinstance(error, DecodeAborted) and not exact:
                 raise EngineError("the reading of a prompt was interrupted, and this model cannot go back") from error
             raise
-        self._n_read += len(chunk)
+        self.n_read += len(chunk)
         self.output = index
         return last
 

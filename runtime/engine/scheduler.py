@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,12 +20,11 @@ from ziggurat.runtime.engine.counts import Counts, presentable
 from ziggurat.runtime.engine.decoding import Decoding
 from ziggurat.runtime.engine.drafting import Drafting
 from ziggurat.runtime.engine.generation import Generation, not_begun
-from ziggurat.runtime.engine.prefill import ChunkReader, PromptReader, StepReader
 from ziggurat.runtime.engine.protocol import FinishEvent
-from ziggurat.runtime.engine.rates import Rate
+from ziggurat.runtime.engine.reading import Reading
 from ziggurat.runtime.engine.reuse import LEAST_FORK
 from ziggurat.runtime.engine.slots import Slots
-from ziggurat.runtime.errors import DecodeAborted, RequestTimeoutError
+from ziggurat.runtime.errors import RequestTimeoutError
 
 _logger = logging.getLogger(__name__)
 
@@ -62,35 +60,41 @@ class Scheduler:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.counts = Counts()
-        self.prefill_rate = Rate()
         self.running: list[Generation] = []
+        self.ready = False  # it has a context, and what follows
         self.serving: Serving
         self.slots: Slots
-        self.decoding: Decoding | None = None
+        self.decoding: Decoding
+        self.reading: Reading
         self._inbox, self._turns, self._serving_for, self._clock = inbox, turns, serving_for, clock
         self._drafting = drafting
         self._samples_on_device = samples_on_device
-        self._lanes: deque[Generation] = deque()
 
     def use(self, serving: Serving) -> None:
         """Go on with this context; nothing runs on the one before."""
-        if self.decoding is None or serving is not self.serving:
+        if not self.ready or serving is not self.serving:
             self.serving = serving
             self.slots = Slots(serving.context)
             self.decoding = Decoding(serving, self._drafting, self._clock)
+            self.reading = Reading(
+                serving, self.slots, self.counts, samples_on_device=self._samples_on_device, clock=self._clock
+            )
+            self.ready = True
 
     def tick(self) -> bool:
         """Do the next piece of everything; False when there was nothing to do."""
         worked = self._run_task()
         self._drop()
         self._admit()
+        if not self.ready:
+            return worked
         worked |= self._read()
         return self._decode() or worked
 
     def interrupt(self, job: Job | None) -> None:
         """From any thread: end the computation at once if it is for this request alone; None: whatever it is for."""
         running = list(self.running)  # the engine's thread changes it
-        if self.decoding is not None and (job is None or (len(running) == 1 and running[0].job is job)):
+        if self.ready and (job is None or (len(running) == 1 and running[0].job is job)):
             self.serving.context.abort.set()
 
     def give_up(self, error: Exception) -> None:
@@ -139,13 +143,16 @@ class Scheduler:
             waiting = list(itertools.islice(self._inbox.waiting, _LOOK_AHEAD))
         turns = self._turns
         for job in waiting:
-            if len(self.running) >= turns.parallel or len(self._lanes) >= turns.lanes:
+            if len(self.running) >= turns.parallel or self._n_reading() >= turns.lanes:
                 return
-            n_long = sum(generation.n_unread > self._short for generation in self._lanes)
+            n_long = sum(generation.n_unread > self._short for generation in self.reading.lanes) if self.ready else 0
             if n_long >= turns.lanes - 1 > 0 and self.slots.unread(job) > self._short:
                 continue
             self._inbox.remove(job)
             self._begin(job)
+
+    def _n_reading(self) -> int:
+        return len(self.reading.lanes) if self.ready else 0
 
     @property
     def _short(self) -> int:
@@ -171,7 +178,7 @@ class Scheduler:
             return
         slot.generation = generation
         self.running.append(generation)
-        self._lanes.append(generation)
+        self.reading.lanes.append(generation)
 
     def _shares(self, n_tokens: int, reused: int) -> bool:
         """Whether a prompt's beginning is worth a sequence of its own, from which later prompts begin.
@@ -188,8 +195,7 @@ class Scheduler:
         """Take a request off its sequence, which keeps what it holds unless something went wrong."""
         slot = generation.slot
         self.running.remove(generation)
-        if generation in self._lanes:
-            self._lanes.remove(generation)
+        self.reading.discard(generation)
         slot.generation = None
         # the rows of one that was too slow are as right as any
         keeps = self._serving_for is None and (error is None or isinstance(error, RequestTimeoutError))
@@ -225,75 +231,13 @@ class Scheduler:
         return True
 
     def _read(self) -> bool:
-        """Read on, one piece at least, as long as those that decode can wait."""
+        if not self.reading.lanes:
+            return False
         waits = any(not generation.reading for generation in self.running)
-        limit = (self._turns.gap - 1) * self.decoding.step_time.seconds if waits and self.decoding else 0.0
-        begun = now = self._clock()
-        worked = False
-        while self._lanes and not self._inbox.closing:
-            before = now
-            generation = self._lanes.popleft()
-            self._lanes.append(generation)
-            self._advance(generation)
-            worked, now = True, self._clock()
-            if now - begun + (now - before) > limit:
-                return True
-        return worked
-
-    def _advance(self, generation: Generation) -> None:
-        """Read a piece of a prompt; after its last one choose the first token."""
-        begun = self._clock()
-        try:
-            if generation.reader is None:
-                generation.reader = self._reader(generation)
-            finished = generation.reader.step()
-            generation.read_seconds += self._clock() - begun
-            if finished:
-                self._finish_part(generation, generation.reader)
-        except DecodeAborted:
-            self.serving.context.abort.clear()
-        except Exception as error:
+        patience = (self._turns.gap - 1) * self.decoding.step_time.seconds if waits else 0.0
+        for generation, error in self.reading.read(patience, lambda: not self._inbox.closing):
             self._end(generation, error)
-
-    def _reader(self, generation: Generation) -> PromptReader:
-        slot, context = generation.slot, self.serving.context
-        tokens = generation.parts[0]
-        if not context.kv_active:
-            return ChunkReader(context, self.serving.batch, slot.index, tokens, len(slot.tokens))
-        kv = context.settings.kv
-        assert kv is not None
-        shared = len(generation.parts) > 1  # nothing of that is evicted
-        self.slots.set_budget(slot, kv.rows if shared else self.serving.rows(len(slot.tokens) + len(tokens)))
-        return StepReader(context, slot.index, tokens)
-
-    def _finish_part(self, generation: Generation, reader: PromptReader) -> None:
-        slot = generation.slot
-        part = generation.parts.pop(0)
-        generation.reader = None
-        slot.tokens += part
-        self.slots.measure(slot)
-        self.prefill_rate.record(len(part), generation.read_seconds)
-        generation.read_seconds = 0.0
-        if generation.parts:
-            self.slots.keep_apart(slot)
-            return
-        self._lanes.remove(generation)
-        self.counts.prompt_tokens += len(generation.job.tokens)
-        self.counts.reused_tokens += len(generation.job.tokens) - generation.n_unread
-        generation.prompt_read(self._rows(slot.index, len(slot.tokens)))
-        event = generation.choose(reader.output)
-        if self._samples_on_device and generation.reason is None:
-            generation.sample_on_device()
-        if event is not None:
-            generation.job.channel.push(event)
-        if generation.reason is not None:
-            self._end(generation)
-
-    def _rows(self, sequence: int, n_tokens: int) -> tuple[int, ...]:
-        """Return the rows in use in each layer."""
-        if self.serving.context.kv_active:
-            return self.serving.context.kv_rows(sequence)
-        return tuple(min(n_tokens, rows) for rows in self.serving.kv.rows_per_layer)
+        return True
 
     def _decode(self) -> bool:
         generations = [generation for generation in self.running if not generation.reading]
@@ -301,7 +245,6 @@ class Scheduler:
         generations.sort(key=lambda generation: generation.slot.index)
         if not generations or self._inbox.closing:
             return False
-        assert self.decoding is not None
         failed = self.decoding.step(generations)
         for generation in generations:
             error = failed.get(generation)
