@@ -1,0 +1,130 @@
+"""Runs the requests of one HTTP request on the engine, and ends them when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from ziggurat.runtime.engine import Engine, Event, FinishEvent, GenerationRequest
+from ziggurat.runtime.engine.stream import EventStream
+from ziggurat.runtime.errors import QueueFullError
+from ziggurat.runtime.server.errors import ApiError, api_error
+
+Result = TypeVar("Result")
+
+
+class Generations:
+    """The answers to several requests, as they are made. Leaving the ``with`` block cancels what still runs.
+
+    At most ``at_once`` run at a time: a request with many prompts leaves room for others, and only its first one can be
+    refused because too many wait. ``param`` is the field that holds the prompt.
+    """
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[GenerationRequest], *, at_once: int = 1, param: str | None = None
+    ) -> None:
+        self._engine, self._requests, self._param = engine, requests, param
+        self._at_once = max(1, at_once)
+        self._streams: dict[int, EventStream[Event]] = {}
+        self._next = 0
+
+    def __enter__(self) -> Generations:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for stream in self._streams.values():
+            stream.cancel()
+        self._streams.clear()
+
+    async def start(self) -> None:
+        """Hand the first requests to the engine. Raises ApiError when it does not take them."""
+        while self._next < len(self._requests) and len(self._streams) < self._at_once:
+            request = self._requests[self._next]
+            try:
+                # in a thread: to read a long prompt or a grammar takes a while, and others want their tokens
+                self._streams[self._next] = await asyncio.to_thread(self._engine.stream, request)
+            except QueueFullError as error:
+                if self._streams:  # it is tried again when one of them has ended
+                    return
+                raise api_error(error) from error
+            except Exception as error:
+                raise api_error(error, self._param) from error
+            self._next += 1
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Yield the events of all, with the places of their requests. Raises ApiError for what went wrong."""
+        await self.start()
+        try:
+            if len(self._requests) == 1:
+                async for event in self._streams[0]:
+                    yield 0, _whole(event)
+            else:
+                async for place, event in self._together():
+                    yield place, _whole(event)
+        except Exception as error:
+            raise api_error(error, self._param) from error
+
+    async def _together(self) -> AsyncIterator[tuple[int, Event]]:
+        queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+        readers: dict[int, asyncio.Task[None]] = {}
+
+        async def read(place: int, stream: EventStream[Event]) -> None:
+            try:
+                async for event in stream:
+                    queue.put_nowait((place, event))
+            except Exception as error:
+                queue.put_nowait((place, error))
+
+        left = len(self._requests)
+        try:
+            while left:
+                for place, stream in self._streams.items():
+                    if place not in readers:
+                        readers[place] = asyncio.create_task(read(place, stream))
+                place, event = await queue.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield place, event
+                if isinstance(event, FinishEvent):
+                    left -= 1
+                    del self._streams[place]
+                    await self.start()
+        finally:
+            for task in readers.values():
+                task.cancel()
+
+
+def _whole(event: Event) -> Event:
+    if isinstance(event, FinishEvent) and event.reason == "cancelled":
+        raise ApiError(503, "the request was cancelled", code="cancelled")
+    return event
+
+
+async def attended(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what ``work`` returns; when the client leaves before, cancel it and raise ClientLeft."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+class ClientLeft(ApiError):
+    """Nobody reads the answer any more."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client closed the connection", code="client_closed_request")
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
