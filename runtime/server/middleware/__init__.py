@@ -1,0 +1,1 @@
+"""What stands before the application, as pure ASGI: each module one concern, none knows of the engine."""
