@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,11 @@ from ziggurat.runtime.options import (
 )
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from ziggurat.runtime.engine import ModelInfo
+    from ziggurat.runtime.server.phase import Phase
+    from ziggurat.runtime.server.settings import ServerSettings
 
 _server_options = option_group(
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at."),
@@ -32,6 +35,37 @@ _server_options = option_group(
     click.option(
         "--alias", multiple=True, metavar="NAME", help="Name of the model; may be repeated. Default: the file's."
     ),
+    click.option(
+        "--unix-socket", type=click.Path(path_type=Path), metavar="PATH", help="Listen at a Unix socket instead."
+    ),
+    click.option("--socket-mode", metavar="OCTAL", help="Its permissions; default: 600."),
+    click.option(
+        "--tls-certificate",
+        type=click.Path(path_type=Path),
+        metavar="FILE.pem",
+        help="Serve HTTPS with this certificate and those behind it.",
+    ),
+    click.option("--tls-key", type=click.Path(path_type=Path), metavar="FILE.pem", help="Its key, if not in there."),
+    click.option(
+        "--cors-origin",
+        "cors_origins",
+        multiple=True,
+        metavar="ORIGIN",
+        help="Let pages of this site use the server, * for all; may be repeated. Default: none.",
+    ),
+    click.option("--public-metrics", is_flag=True, help="Show /metrics to who knows no key."),
+    click.option(
+        "--request-timeout", type=float, metavar="SECONDS", help="End requests that take longer; default: none."
+    ),
+    click.option(
+        "--grace",
+        type=float,
+        metavar="SECONDS",
+        help="For running requests to end when the server is stopped; default: 30.",
+    ),
+    click.option("--max-body", type=int, metavar="BYTES", help="Of a request at most; default: 8 MiB."),
+    click.option("--max-requests", type=int, metavar="N", help="Requests answered at a time; default: 256."),
+    click.option("--max-connections", type=int, metavar="N", help="Connections at a time; default: 512."),
     title="Server",
 )
 
@@ -58,6 +92,12 @@ _serving_options = option_group(
         metavar="N",
         help="Requests that may wait.",
     ),
+    click.option("--embeddings", is_flag=True, help="Make embeddings as well, in a context of their own."),
+    click.option(
+        "--pooling",
+        type=click.Choice(["mean", "cls", "last"]),
+        help="How a text's vector is made of its tokens'; default: as the model's file says. Implies --embeddings.",
+    ),
     title="Serving",
 )
 
@@ -78,33 +118,44 @@ def serve(model: Path, **options: Any) -> int:
     What it takes in memory is shown before it is loaded.
     """
     from ziggurat.runtime.engine.llama_engine import LlamaEngine
-    from ziggurat.runtime.kv_policy import not_used
     from ziggurat.runtime.server import lifecycle
     from ziggurat.runtime.server.app import create_app
+    from ziggurat.runtime.server.logs import log_to_stderr
     from ziggurat.runtime.server.settings import ServerSettings
 
-    logging.basicConfig(
-        level=logging.DEBUG if options["verbose"] else logging.WARNING,
-        format="%(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    settings = ServerSettings(
-        host=options["host"], port=options["port"], alias=list(options["alias"]), api_key=list(options["api_key"])
-    )
+    log_to_stderr(logging.DEBUG if options["verbose"] else logging.INFO)
+    given = {name: options[name] for name in ServerSettings.model_fields if options.get(name) not in (None, (), False)}
+    settings = ServerSettings(**given)
     cached = options["cached"]
     if cached is None:
         cached = 0 if options["kv_budget"] is None else 1
     engine_options = engine_settings(
-        options, parallel=options["parallel"], cached=cached, queue_limit=options["queue_limit"]
+        options,
+        parallel=options["parallel"],
+        cached=cached,
+        queue_limit=options["queue_limit"],
+        embeddings=options["embeddings"] or options["pooling"] is not None,
+        pooling=options["pooling"],
     )
-    with lifecycle.listen(settings) as listener, LlamaEngine(model, engine_options) as engine:
-        info = engine.load()
-        if info.kv_unsupported is not None:
-            click.echo(f"ziggurat: {not_used(info.kv_unsupported)}", err=True)
-        app = create_app(engine, settings)
-        click.echo(f"ziggurat: {_told(info)} at {lifecycle.address_of(listener)}/v1", err=True)
-        lifecycle.run(app, listener)
-    return 0
+    engine = LlamaEngine(model, engine_options)
+
+    def load(phase: Phase, url: str) -> ASGIApp:
+        app = create_app(engine, settings, phase)
+        _announce(engine.load(), url, settings)
+        return app
+
+    with engine:
+        return lifecycle.serve(load, settings.listen(), grace=settings.grace, limits=settings.connection_limits())
+
+
+def _announce(info: ModelInfo, url: str, settings: ServerSettings) -> None:
+    from ziggurat.runtime.kv_policy import not_used
+
+    if info.kv_unsupported is not None:
+        click.echo(f"ziggurat: {not_used(info.kv_unsupported)}", err=True)
+    if not settings.api_key and not settings.listen().local:
+        click.echo("ziggurat: everybody who reaches this address can use the server: set an --api-key", err=True)
+    click.echo(f"ziggurat: {_told(info)} at {url}/v1", err=True)
 
 
 def _told(info: ModelInfo) -> str:

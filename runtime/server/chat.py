@@ -15,6 +15,7 @@ from ziggurat.runtime.server.chunks import ChatChunks
 from ziggurat.runtime.server.errors import ApiError
 from ziggurat.runtime.server.generation import Generations, attended
 from ziggurat.runtime.server.parameters import agreed, choices_of, common_fields, sampling_of, token_limit
+from ziggurat.runtime.server.record import record_of
 from ziggurat.runtime.server.results import chat_logprob, timings_of, usage_of
 from ziggurat.runtime.server.schemas.chat import ChatCompletion, ChatMessage, ChatRequest
 from ziggurat.runtime.server.state import ServerState, State
@@ -30,9 +31,11 @@ _ROLES = {"developer": "system"}
 async def chat_completions(request: Request, body: ChatRequest, state: State) -> Response:
     """Continue a conversation."""
     model = state.model(body.model)
+    record = record_of(request.scope)
+    record.model = model
     n = body.n or 1
     generations = Generations(
-        state.engine, choices_of(_request(state, body), n), at_once=state.info.parallel, param="messages"
+        state.engine, choices_of(_request(state, body), n), at_once=state.info.parallel, param="messages", record=record
     )
     head: dict[str, Any] = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",

@@ -17,6 +17,7 @@ from ziggurat.runtime.server.chunks import CompletionChunks
 from ziggurat.runtime.server.errors import ApiError, api_error
 from ziggurat.runtime.server.generation import Generations, attended
 from ziggurat.runtime.server.parameters import choices_of, common_fields, sampling_of
+from ziggurat.runtime.server.record import record_of
 from ziggurat.runtime.server.results import completion_logprobs, timings_of, usage_of
 from ziggurat.runtime.server.schemas.completions import Completion, CompletionRequest
 from ziggurat.runtime.server.state import ServerState, State
@@ -32,10 +33,12 @@ _MAX_TOKENS = 16
 async def completions(request: Request, body: CompletionRequest, state: State) -> Response:
     """Continue texts, without a chat template."""
     model = state.model(body.model)
+    record = record_of(request.scope)
+    record.model = model
     _check(body)
     n, candidates = body.n or 1, body.best_of or body.n or 1
     requests = [one for prompt in body.prompts() for one in choices_of(_request(state, body, prompt), candidates)]
-    generations = Generations(state.engine, requests, at_once=state.info.parallel, param="prompt")
+    generations = Generations(state.engine, requests, at_once=state.info.parallel, param="prompt", record=record)
     head: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",

@@ -1,6 +1,7 @@
 """What one connection may take: how many there are, how slowly they send a request's head and read an answer.
 
-uvicorn's own HTTP protocol waits for both without end. Errors in the protocol itself are answered like all others.
+uvicorn's own HTTP protocol waits for both without end, and takes heads of any size. Errors in the protocol itself are
+answered like all others.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ import asyncio
 import json
 from dataclasses import dataclass
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ziggurat.runtime.server.errors import ApiError
+
+_MAX_HEAD = 64 * 1024
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
     """``connections`` are open at a time at most; a further one is told so (503) and closed.
 
-    Times in seconds. Within ``head_s`` a request's head is there, from its first byte (of a new connection, from its
-    beginning). A client that reads nothing for ``stalled_s`` while there is something for it is cut off. A connection
+    Times in seconds. A request's head is there ``head_s`` after its first byte, on a new connection after its
+    beginning. A client that reads nothing for ``stalled_s`` while there is something for it is cut off. A connection
     without a request is closed after ``idle_s``.
     """
 
@@ -30,21 +32,29 @@ class ConnectionLimits:
     idle_s: float = 30.0
 
 
-class LimitedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 in pure Python, with limits; ``limited`` makes the class that uvicorn is given."""
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with limits; ``limited`` makes the class that uvicorn is given."""
 
     limits = ConnectionLimits()
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
+    _in_head = False
+    _n_head = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, or refuse."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
-            transport.write(_too_many(self.limits.connections))
-            self._close()
+            self._refuse(
+                ApiError(
+                    503,
+                    f"{self.limits.connections} connections are open, as many as may",
+                    code="too_many_connections",
+                    headers={"Retry-After": "1"},
+                )
+            )
             return
-        self._head_timer = self.loop.call_later(self.limits.head_s, transport.abort)
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timers."""
@@ -55,15 +65,33 @@ class LimitedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take what came."""
         super().data_received(data)
-        self._watch_head()
+        if self.transport.is_closing() or self._answering:
+            return
+        self._start_head_timer()
+        if self._in_head:
+            self._n_head += len(data)
+            if self._n_head > _MAX_HEAD:
+                message = f"the request's head is longer than {_MAX_HEAD} bytes"
+                self._refuse(ApiError(431, message, code="head_too_large"))
+
+    def on_message_begin(self) -> None:
+        """A request's head begins."""
+        super().on_message_begin()
+        self._in_head, self._n_head = True, 0
+
+    def on_headers_complete(self) -> None:
+        """A request's head is there."""
+        self._in_head = False
+        self._stop_head_timer()
+        super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         """Go on to the next request, or see to it that the last bytes leave."""
         super().on_response_complete()
         if self.transport.is_closing():
             self._start_stall_timer()
-        else:
-            self._watch_head()
+        elif self._in_head:
+            self._start_head_timer()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than it is written to."""
@@ -88,21 +116,31 @@ class LimitedProtocol(H11Protocol):
             self._start_stall_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, unless an answer is on its way already."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            error = ApiError(400, "this is not a valid HTTP request", code="invalid_http")
-            self.transport.write(_raw(error, "Bad Request"))
-        self._close()
+        """Answer what is not HTTP."""
+        self._refuse(ApiError(400, "this is not a valid HTTP request", code="invalid_http"))
 
-    def _close(self) -> None:
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer outside of any request, and close; in the middle of an answer there is nothing to be said."""
+        if not self._answering:
+            body = json.dumps(error.body()).encode()
+            headers = {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                "connection": "close",
+                **error.headers,
+            }
+            head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            self.transport.write(STATUS_LINE[error.status] + head.encode() + b"\r\n" + body)
+        self._stop_head_timer()
         self.transport.close()
         self._start_stall_timer()
 
-    def _watch_head(self) -> None:
-        """Run the timer while a part of a request's head is there, and not the rest."""
-        if self.conn.their_state is not h11.IDLE or not self.conn.trailing_data[0]:
-            self._stop_head_timer()
-        elif self._head_timer is None:
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.limits.head_s, self.transport.abort)
 
     def _stop_head_timer(self) -> None:
@@ -123,17 +161,3 @@ class LimitedProtocol(H11Protocol):
 def limited(limits: ConnectionLimits) -> type[LimitedProtocol]:
     """Return a protocol class with these limits."""
     return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
-
-
-def _too_many(limit: int) -> bytes:
-    error = ApiError(503, f"{limit} connections are open, as many as may", code="too_many_connections")
-    return _raw(error, "Service Unavailable", b"retry-after: 1\r\n")
-
-
-def _raw(error: ApiError, phrase: str, headers: bytes = b"") -> bytes:
-    body = json.dumps(error.body()).encode()
-    head = (
-        f"HTTP/1.1 {error.status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        "connection: close\r\n"
-    )
-    return head.encode() + headers + b"\r\n" + body

@@ -12,6 +12,7 @@ from ziggurat.runtime.engine import Engine, Event, FinishEvent, GenerationReques
 from ziggurat.runtime.engine.stream import EventStream
 from ziggurat.runtime.errors import QueueFullError
 from ziggurat.runtime.server.errors import ApiError, api_error
+from ziggurat.runtime.server.record import RequestRecord
 
 Result = TypeVar("Result")
 
@@ -20,13 +21,22 @@ class Generations:
     """The answers to several requests, as they are made. Leaving the ``with`` block cancels what still runs.
 
     At most ``at_once`` run at a time: a request with many prompts leaves room for others, and only its first one can be
-    refused because too many wait. ``param`` is the field that holds the prompt.
+    refused because too many wait. ``param`` is the field that holds the prompt; ``record`` counts what is read and
+    generated.
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[GenerationRequest], *, at_once: int = 1, param: str | None = None
+        self,
+        engine: Engine,
+        requests: Sequence[GenerationRequest],
+        *,
+        at_once: int = 1,
+        param: str | None = None,
+        record: RequestRecord | None = None,
     ) -> None:
         self._engine, self._requests, self._param = engine, requests, param
+        record = record or RequestRecord()
+        self._meters = [record.meter() for _ in requests]
         self._at_once = max(1, at_once)
         self._streams: dict[int, EventStream[Event]] = {}
         self._next = 0
@@ -60,12 +70,16 @@ class Generations:
         try:
             if len(self._requests) == 1:
                 async for event in self._streams[0]:
-                    yield 0, _whole(event)
+                    yield 0, self._counted(0, event)
             else:
                 async for place, event in self._together():
-                    yield place, _whole(event)
+                    yield place, self._counted(place, event)
         except Exception as error:
             raise api_error(error, self._param) from error
+
+    def _counted(self, place: int, event: Event) -> Event:
+        self._meters[place](event)
+        return _whole(event)
 
     async def _together(self) -> AsyncIterator[tuple[int, Event]]:
         queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""Runs the application: from the bound socket to the exit code."""
+"""Runs the server: from the bound socket over loading the model to the exit code."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ziggurat.runtime.server.connections import ConnectionLimits, limited
+from ziggurat.runtime.server.front import Front
 from ziggurat.runtime.server.listen import Listen, bound
 from ziggurat.runtime.server.phase import Phase
 
@@ -25,64 +26,88 @@ _logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # for cancelled requests to say goodbye, and for their last bytes to leave
 _FAREWELL_S = 3.0
-_INTERRUPTED = 130  # 128 + SIGINT, as our other commands end
 
 
 def serve(
-    app: ASGIApp,
-    phase: Phase,
+    make_app: Callable[[Phase, str], ASGIApp],
     listen: Listen | None = None,
     *,
     grace: float = 30.0,
     limits: ConnectionLimits | None = None,
-    announce: Callable[[str], None] | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT, and return the exit code: 0, or 130 after SIGINT. ``announce`` gets the URL.
+    """Serve until SIGTERM or SIGINT, and return the exit code: 0, or 130 after SIGINT.
+
+    The socket is bound first. ``make_app`` is called once, with the server's phase and its URL, in a thread of its own:
+    it loads the model, and until it returns every request is told so (503). What it raises ends the server and is
+    raised here.
 
     With the first signal new requests are refused (503) and running ones have ``grace`` seconds; then they are
-    cancelled, streams with an error event. The second signal ends the process at once, with 128 + its number.
-    Raises ListenError.
+    cancelled, streams with an error event. A second signal ends the process at once, with 128 + its number, and so does
+    the first one while the model loads, with the usual code. Raises ListenError.
     """
     listen, limits = listen or Listen(), limits or ConnectionLimits()
     listen.check_tls()
     with bound(listen) as sock:
+        phase = Phase("loading")
+        front = Front(phase)
         config = uvicorn.Config(
-            app,
+            front,
             http=limited(limits),
             ws="none",
-            loop="asyncio",
-            lifespan="on",
+            lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=int(limits.idle_s),
-            timeout_graceful_shutdown=int(_FAREWELL_S),
+            timeout_keep_alive=max(1, round(limits.idle_s)),
+            timeout_graceful_shutdown=round(_FAREWELL_S),
             ssl_certfile=listen.tls_certificate,
             ssl_keyfile=listen.tls_key,
         )
-        server = Server(config, phase, grace, listen)
-        if announce is not None:
-            announce(listen.url(sock))
-        asyncio.run(server.serve(sockets=[sock]))
-    return _INTERRUPTED if server.signal == signal.SIGINT else 0
+        server = Server(config, phase, grace, on_exit=listen.remove)
+        loading = threading.Thread(
+            target=_load, args=(lambda: make_app(phase, listen.url(sock)), front, server), daemon=True
+        )
+        loading.start()
+        server.run(sockets=[sock])
+    if front.failure is not None:
+        raise front.failure
+    return _exit_code(server.signal)
+
+
+def _load(make: Callable[[], ASGIApp], front: Front, server: Server) -> None:
+    try:
+        front.open(make())
+    except BaseException as error:
+        front.failure = error
+        server.close()
+
+
+def _exit_code(number: int | None) -> int:
+    """Return what the process ends with after a signal: SIGTERM is how servers are meant to be stopped."""
+    return 128 + number if number == signal.SIGINT else 0
 
 
 class Server(uvicorn.Server):
     """uvicorn's server, that lets requests end before it closes anything."""
 
-    def __init__(self, config: uvicorn.Config, phase: Phase, grace: float, listen: Listen | None = None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, phase: Phase, grace: float, *, on_exit: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(config)
         #: The first signal that came.
         self.signal: int | None = None
         self._phase, self._grace = phase, grace
-        self._socket_file = listen.unix_socket if listen is not None else None
+        self._on_exit = on_exit
+        self._asked_to_close = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop."""
         self._loop = asyncio.get_running_loop()
+        if self._asked_to_close.is_set():
+            return
         await super().serve(sockets)
 
     @contextlib.contextmanager
@@ -101,12 +126,15 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal."""
         if self.signal is not None:
-            self._end_now(sig)
+            self._end_now(128 + sig)
+        if self._phase.state == "loading":  # nothing runs, and loading cannot be waited for
+            self._end_now(_exit_code(sig))
         self.signal = sig
         self.close()
 
     def close(self) -> None:
         """Begin to close; from any thread, and from a signal handler."""
+        self._asked_to_close.set()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._begin)
 
@@ -131,8 +159,7 @@ class Server(uvicorn.Server):
         while self._phase.running and time.monotonic() < until:
             await asyncio.sleep(0.02)
 
-    def _end_now(self, sig: int) -> None:
-        if self._socket_file is not None:
-            with contextlib.suppress(OSError):
-                self._socket_file.unlink()
-        os._exit(128 + sig)
+    def _end_now(self, code: int) -> None:
+        if self._on_exit is not None:
+            self._on_exit()
+        os._exit(code)

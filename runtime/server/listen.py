@@ -51,6 +51,12 @@ class Listen:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{scheme}://{host}:{bound.getsockname()[1]}"
 
+    def remove(self) -> None:
+        """Remove the file of the Unix socket, if there is one; only for whoever has bound it."""
+        if self.unix_socket is not None:
+            with contextlib.suppress(OSError):
+                self.unix_socket.unlink()
+
     def check_tls(self) -> None:
         """Raise ListenError for TLS files that cannot be used."""
         if self.tls_certificate is None:
@@ -81,10 +87,11 @@ def bound(listen: Listen) -> Iterator[socket.socket]:
         try:
             yield sock
         finally:
+            # another server may have taken the name meanwhile
             with contextlib.suppress(OSError):
                 now = os.stat(listen.unix_socket)
                 if (now.st_dev, now.st_ino) == (own.st_dev, own.st_ino):
-                    listen.unix_socket.unlink()
+                    listen.remove()
 
 
 def _loopback(host: str) -> bool:

@@ -32,10 +32,10 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Send this package's log, and uvicorn's warnings, to stderr as JSON lines. For commands, not for libraries."""
+    """Send this package's log, and uvicorn's errors, to stderr as JSON lines. For commands, not for libraries."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, least in (("ziggurat", level), ("uvicorn", max(level, logging.WARNING))):
+    for name, least in (("ziggurat", level), ("uvicorn", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(least)

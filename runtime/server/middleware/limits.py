@@ -14,12 +14,12 @@ from ziggurat.runtime.server.phase import Phase, Running
 
 # for the last words to a client whose request was ended
 _FAREWELL_S = 2.0
-# when somebody who was refused may try again: a place becomes free soon, a model is loaded or a server restarted later
+# when somebody who was refused may try again: a place becomes free soon, a server is started again later
 _SOON_S, _LATER_S = 1, 5
 
 
 class LimitsMiddleware:
-    """Refuses requests with 503 while the model loads, while the server closes, and beyond ``requests`` at a time.
+    """Refuses requests with 503 while the server closes, and beyond ``requests`` at a time.
 
     One that runs longer than ``timeout`` seconds (None: as long as it takes), or still runs when a closing server has
     waited long enough, is cancelled: 504 or 503, and as an SSE event where a stream has begun. ``always`` are paths
@@ -69,8 +69,6 @@ class LimitsMiddleware:
 
     def _refusal(self) -> ApiError | None:
         phase = self._phase
-        if phase.state == "loading":
-            return _unavailable("the model is being loaded", "model_loading", _LATER_S)
         if phase.state == "closing":
             return _unavailable("the server is closing", "server_closing", _LATER_S)
         if phase.running >= self._limit:

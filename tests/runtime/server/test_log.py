@@ -49,7 +49,9 @@ def metrics() -> Metrics:
 
 def values(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:
     families = text_string_to_metric_families(metrics.render().decode())
-    return {(s.name, tuple((s.labels[n] for n in sorted(s.labels)))): s.value for family in families for s in family.samples}
+    return {
+        (s.name, tuple(s.labels[n] for n in sorted(s.labels))): s.value for family in families for s in family.samples
+    }
 
 
 @pytest.fixture
