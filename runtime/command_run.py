@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ziggurat.runtime.engine_options import engine_settings
 from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
 from ziggurat.runtime.files import check_target, write_atomic
 from ziggurat.runtime.options import (
@@ -61,11 +62,10 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     The text goes to stdout as it is made, everything else to stderr. Without a chat template in the file the prompt is
     given as it is.
     """
-    from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
-    from ziggurat.runtime.kv_policy import not_used, policy_of
-    from ziggurat.runtime.lora import LoraAdapter
+    from ziggurat.runtime.engine.llama_engine import LlamaEngine
+    from ziggurat.runtime.kv_policy import not_used
 
-    policy = policy_of(options)
+    settings = engine_settings(options, one_shot=True)
     if options["verbose"]:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s", stream=sys.stderr)
     sampling = sampling_of(options)
@@ -73,21 +73,6 @@ def run(model: Path, prompt: str, **options: Any) -> int:
     stats_file = options["stats"]
     if stats_file is not None:
         check_target(stats_file, "--stats", special=True)
-    settings = EngineSettings(
-        n_ctx=options["ctx"],
-        n_ubatch=options["ubatch"],
-        n_batch=max(2048, options["ubatch"]),
-        type_k=options["cache_type_k"],
-        type_v=options["cache_type_v"],
-        threads=options["threads"],
-        gpu_layers=options["gpu_layers"],
-        kv=policy,
-        one_shot=True,
-        draft_model=options["draft_model"],
-        draft_max=options["draft_max"],
-        prompt_lookup=options["prompt_lookup"],
-        loras=tuple(map(LoraAdapter.parse, options["loras"])),
-    )
     with LlamaEngine(model, settings) as engine:
         info = engine.load()
         if info.kv_unsupported is not None:

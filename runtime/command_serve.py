@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from ziggurat.runtime.engine import ModelInfo
+    from ziggurat.runtime.engine.settings import EngineSettings
     from ziggurat.runtime.server.phase import Phase
     from ziggurat.runtime.server.settings import ServerSettings
 
@@ -48,7 +50,6 @@ _server_options = option_group(
     click.option("--tls-key", type=click.Path(path_type=Path), metavar="FILE.pem", help="Its key, if not in there."),
     click.option(
         "--cors-origin",
-        "cors_origins",
         multiple=True,
         metavar="ORIGIN",
         help="Let pages of this site use the server, * for all; may be repeated. Default: none.",
@@ -103,7 +104,7 @@ _serving_options = option_group(
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf")
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.gguf", required=False)
 @_server_options
 @_serving_options
 @adapter_options
@@ -111,25 +112,50 @@ _serving_options = option_group(
 @context_options
 @kv_options
 @device_options
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    envvar="ZIGGURAT_CONFIG",
+    metavar="FILE.toml",
+    help='Settings by the names of the options, such as kv_budget = "10%", and model. What is given as an option counts'
+    " before ZIGGURAT_KV_BUDGET in the environment, and that before the file.",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Show the library's log on stderr.")
-def serve(model: Path, **options: Any) -> int:
+@click.pass_context
+def serve(context: click.Context, /, config: Path | None, verbose: bool, **_options: Any) -> int:
     """Serve the model in MODEL.gguf over an OpenAI-style API.
 
     What it takes in memory is shown before it is loaded.
     """
     from ziggurat.runtime.engine.llama_engine import LlamaEngine
+    from ziggurat.runtime.serve_settings import read_settings
     from ziggurat.runtime.server import lifecycle
     from ziggurat.runtime.server.app import create_app
     from ziggurat.runtime.server.logs import log_to_stderr
-    from ziggurat.runtime.server.settings import ServerSettings
 
-    log_to_stderr(logging.DEBUG if options["verbose"] else logging.INFO)
-    given = {name: options[name] for name in ServerSettings.model_fields if options.get(name) not in (None, (), False)}
-    settings = ServerSettings(**given)
+    settings, options = read_settings(context, config)
+    model: Path | None = options["model"]
+    if model is None:
+        raise click.MissingParameter(ctx=context, param=context.command.params[0])
+    engine = LlamaEngine(model, serving_settings(options))
+    log_to_stderr(logging.DEBUG if verbose else logging.INFO)
+
+    def load(phase: Phase, url: str) -> ASGIApp:
+        click.echo(f"ziggurat: {planned(model, serving_settings(options))}", err=True)
+        app = create_app(engine, settings, phase)
+        _announce(engine.load(), url, settings)
+        return app
+
+    with engine:
+        return lifecycle.serve(load, settings.listen(), grace=settings.grace, limits=settings.connection_limits())
+
+
+def serving_settings(options: Mapping[str, Any]) -> EngineSettings:
+    """Return how the engine of a server loads its model. Raises InvalidRequestError and UnsupportedError."""
     cached = options["cached"]
     if cached is None:
         cached = 0 if options["kv_budget"] is None else 1
-    engine_options = engine_settings(
+    return engine_settings(
         options,
         parallel=options["parallel"],
         cached=cached,
@@ -137,15 +163,31 @@ def serve(model: Path, **options: Any) -> int:
         embeddings=options["embeddings"] or options["pooling"] is not None,
         pooling=options["pooling"],
     )
-    engine = LlamaEngine(model, engine_options)
 
-    def load(phase: Phase, url: str) -> ASGIApp:
-        app = create_app(engine, settings, phase)
-        _announce(engine.load(), url, settings)
-        return app
 
-    with engine:
-        return lifecycle.serve(load, settings.listen(), grace=settings.grace, limits=settings.connection_limits())
+def planned(model: Path, settings: EngineSettings) -> str:
+    """Say in one line what a model takes with these settings. Raises ModelFileError and AdapterError."""
+    from ziggurat.runtime.engine.memory_check import plan_all
+    from ziggurat.runtime.gguf_file import read_gguf
+    from ziggurat.runtime.lora import read_adapters
+    from ziggurat.runtime.plan.machine import this_machine
+    from ziggurat.runtime.sizes import human_bytes
+
+    file = read_gguf(model)
+    plan = plan_all(file, settings, read_adapters(settings.loras, file))
+    machine = this_machine()
+    parts = {"weights": plan.weights, "adapters": plan.adapters, "KV cache": plan.context}
+    told = [f"{name} {human_bytes(size)}" for name, size in parts.items() if size]
+    told.append(f"compute {human_bytes(plan.compute + plan.output)}")
+    count = settings.parallel + settings.cached
+    sequences = "one sequence" if count == 1 else f"{count} sequences"
+    free = f"{human_bytes(machine.available)} free"
+    if machine.gpus_free and plan.gpus:
+        free += f", {human_bytes(machine.gpu_free)} on the GPU"
+    return (
+        f"planned memory {human_bytes(plan.total)} ({', '.join(told)}) for {sequences} of"
+        f" {plan.settings.n_ctx:,} tokens; {free}"
+    )
 
 
 def _announce(info: ModelInfo, url: str, settings: ServerSettings) -> None:

@@ -58,9 +58,7 @@ def load(path: str | os.PathLike[str], settings: EngineSettings, proceed: Callab
         plan.check_cache_types(shape, settings.type_k, settings.type_v)
     if settings.kv is not None:
         kv.require()
-        # with one shot every prompt begins with an empty cache
-        kv_policy = replace(settings.kv, reading=settings.lanes, copies=0 if settings.one_shot else None)
-        settings = replace(settings, kv=kv_policy)
+        settings = settings.with_lanes()
     expected = check_memory(file, settings, adapters)
     model = Model(path, gpu_layers=settings.gpu_layers, progress=proceed)
     try:

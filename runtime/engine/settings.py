@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ziggurat.runtime.bindings import ContextSettings
 from ziggurat.runtime.engine.speculation import MAX_DRAFT
@@ -86,6 +86,13 @@ class EngineSettings:
     def lanes(self) -> int:
         """Prompts that are read at a time."""
         return min(LANES, self.parallel) if self.kv is None else self.kv.lanes(self.parallel)
+
+    def with_lanes(self) -> EngineSettings:
+        """Return the settings with what ``kv`` leaves to how many requests run, which it says itself then."""
+        if self.kv is None:
+            return self
+        # with one shot every prompt begins with an empty cache
+        return replace(self, kv=replace(self.kv, reading=self.lanes, copies=0 if self.one_shot else None))
 
     def ctx_of(self, n_ctx_train: int) -> int:
         """Return the context of a conversation for a model trained with one of so many tokens (0: unknown)."""

@@ -48,5 +48,5 @@ def _guard(app: FastAPI, settings: ServerSettings, phase: Phase, metrics: Metric
     app.add_middleware(BodyMiddleware, limit=settings.max_body, timeout=settings.body_timeout)
     app.add_middleware(AuthMiddleware, keys=settings.api_key, public=public)
     app.add_middleware(LimitsMiddleware, phase=phase, requests=settings.max_requests, timeout=settings.request_timeout)
-    app.add_middleware(cors, origins=settings.cors_origins)
+    app.add_middleware(cors, origins=settings.cors_origin)
     app.add_middleware(LogMiddleware, metrics=metrics)

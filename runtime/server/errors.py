@@ -80,9 +80,9 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
         retry = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
         return ApiError(429, message, code="queue_full", headers=retry)
     if isinstance(error, RequestTimeoutError):
-        return ApiError(503, message, code="timeout")
+        return ApiError(504, message, code="request_timeout")
     if isinstance(error, EngineClosedError):
-        return ApiError(503, "the server is shutting down", code="shutting_down")
+        return ApiError(503, "the server is closing", code="server_closing", headers={"Retry-After": "5"})
     if isinstance(error, ConversationError):
         return ApiError(404, message, param="conversation", code="conversation_not_found")
     _logger.error("the engine failed on a request: %s", error)

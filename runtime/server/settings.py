@@ -1,12 +1,12 @@
-"""What can be chosen of the server, as flags, in the environment and in a file."""
+"""What can be chosen of the server; ``serve_settings`` reads it from flags, the environment and a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_settings import NoDecode
 
 from ziggurat.runtime.server.connections import ConnectionLimits
 from ziggurat.runtime.server.listen import Listen
@@ -22,10 +22,10 @@ def _listed(value: Any) -> Any:
 Names = Annotated[list[str], NoDecode, BeforeValidator(_listed)]
 
 
-class ServerSettings(BaseSettings):
+class ServerSettings(BaseModel):
     """How the server listens, whom it lets in, and what it allows; times in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="ZIGGURAT_", extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
@@ -38,7 +38,7 @@ class ServerSettings(BaseSettings):
     request_timeout: float | None = Field(default=None, gt=0)
     ping: float = Field(default=15.0, gt=0)
     public_metrics: bool = False
-    cors_origins: Names = []
+    cors_origin: Names = []
     max_body: int = Field(default=8 * 1024 * 1024, ge=1024, description="Bytes of a request's body.")
     max_requests: int = Field(default=256, ge=1, description="Requests that are answered at a time.")
     max_connections: int = Field(default=512, ge=1)
