@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 import weakref
@@ -23,7 +24,8 @@ class Channel(Generic[Item]):
         self._ready = threading.Condition()
         self._ended = False
         self._error: BaseException | None = None
-        self._wake: Callable[[], None] | None = None
+        self._wake: Callable[[], object] | None = None
+        self._n_waiting = 0
 
     def push(self, item: Item) -> None:
         """Hand one item to the consumer; ignored after the end."""
@@ -41,34 +43,48 @@ class Channel(Generic[Item]):
                 self._notify()
 
     def _notify(self) -> None:
-        self._ready.notify_all()
-        if self._wake is not None:
+        if self._n_waiting:
+            self._ready.notify_all()
+        wake, self._wake = self._wake, None
+        if wake is not None:
             try:
-                self._wake()
+                wake()
             except Exception as error:  # the consumer's fault, such as a closed event loop, is not the producer's
                 _logger.debug("a consumer cannot be woken: %s", error)
 
-    def take(self, *, wait: bool) -> Item | None:
-        """Return the next item, or None if there is none yet and ``wait`` is off. Raises StopIteration or the error."""
+    def take(self) -> Item:
+        """Return the next item, as soon as there is one. Raises StopIteration or the error."""
         with self._ready:
-            while not self._items:
-                if self._error is not None:
-                    raise self._error
-                if self._ended:
-                    raise StopIteration
-                if not wait:
-                    return None
-                self._ready.wait()
+            self._n_waiting += 1
+            try:
+                while not self._items and not self._at_end():
+                    self._ready.wait()
+            finally:
+                self._n_waiting -= 1
             return self._items.popleft()
 
-    def on_ready(self, wake: Callable[[], None]) -> None:
-        """Call ``wake`` at every item and at the end, from the producer's thread."""
+    def take_ready(self, wake: Callable[[], object]) -> list[Item]:
+        """Return all items that are there. Raises StopIteration or the error.
+
+        If there are none, ``wake`` is called once, from the producer's thread, when there are or nothing follows.
+        """
         with self._ready:
-            self._wake = wake
+            if not self._items and not self._at_end():
+                self._wake = wake
+            items = list(self._items)
+            self._items.clear()
+            return items
+
+    def _at_end(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        if self._ended:
+            raise StopIteration
+        return False
 
 
 class EventStream(Generic[Item]):
-    """The consumer's end: iterate it with ``for`` or ``async for``.
+    """The consumer's end: iterate it with ``for`` or ``async for``, or its ``batches``.
 
     Leaving the ``with`` block, or letting go of the stream, cancels what produces it.
     """
@@ -95,27 +111,24 @@ class EventStream(Generic[Item]):
         return self
 
     def __next__(self) -> Item:
-        item = self._channel.take(wait=True)
-        assert item is not None
-        return item
+        return self._channel.take()
 
-    def __aiter__(self) -> AsyncIterator[Item]:
-        return self._items()
+    async def __aiter__(self) -> AsyncIterator[Item]:
+        async for items in self.batches():
+            for item in items:
+                yield item
 
-    async def _items(self) -> AsyncIterator[Item]:
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(ready.set)
-
-        self._channel.on_ready(wake)
+    async def batches(self) -> AsyncIterator[list[Item]]:
+        """Yield the items in lists of those that are there at the same time."""
+        ready = asyncio.Event()
+        wake = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, ready.set)
         while True:
-            ready.clear()
             try:
-                item = self._channel.take(wait=False)
+                items = self._channel.take_ready(wake)
             except StopIteration:
                 return
-            if item is None:
-                await ready.wait()
+            if items:
+                yield items
             else:
-                yield item
+                await ready.wait()
+                ready.clear()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ziggurat.runtime.engine import FinishEvent, GenerationRequest, GenerationStats, Message
+from ziggurat.runtime.engine import Event, FinishEvent, GenerationRequest, GenerationStats, Message
 from ziggurat.runtime.server.chunks import ChatChunks
 from ziggurat.runtime.server.errors import ApiError
 from ziggurat.runtime.server.generation import Generations, attended
@@ -19,7 +19,7 @@ from ziggurat.runtime.server.record import record_of
 from ziggurat.runtime.server.results import chat_logprob, timings_of, usage_of
 from ziggurat.runtime.server.schemas.chat import ChatCompletion, ChatMessage, ChatRequest
 from ziggurat.runtime.server.state import ServerState, State
-from ziggurat.runtime.server.streaming import EventSourceResponse
+from ziggurat.runtime.server.streaming import EventSourceResponse, event_parts
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -48,7 +48,9 @@ async def chat_completions(request: Request, body: ChatRequest, state: State) ->
         return JSONResponse(await attended(request, _whole(generations, head, n)))
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     await generations.start()
-    parts = _parts(generations, ChatChunks(head, usage=with_usage, n=n), n)
+    chunks = ChatChunks(head, usage=with_usage, n=n)
+    first = b"".join(map(chunks.role, range(n)))
+    parts = event_parts(generations, _encoder(chunks), first=first, last=chunks.end)
     return EventSourceResponse(parts, ping=state.settings.ping)
 
 
@@ -105,15 +107,15 @@ async def _whole(generations: Generations, head: dict[str, Any], n: int) -> dict
     return head | {"choices": choices, "usage": usage_of(stats, n)}
 
 
-async def _parts(generations: Generations, chunks: ChatChunks, n: int) -> AsyncGenerator[bytes, None]:
-    with generations:
-        yield b"".join(map(chunks.role, range(n)))
-        async for index, event in generations.events():
-            if isinstance(event, FinishEvent):
-                last = chunks.text(index, event.text) if event.text else b""
-                yield last + chunks.finish(index, event.reason, event.stats)
-            elif event.logprobs is not None:
-                yield chunks.delta(index, {"content": event.text}, [chat_logprob(event.logprobs)])
-            elif event.text:
-                yield chunks.text(index, event.text)
-        yield chunks.end()
+def _encoder(chunks: ChatChunks) -> Callable[[int, Event], bytes]:
+    """Return what makes chunks of events."""
+
+    def encode(index: int, event: Event) -> bytes:
+        if isinstance(event, FinishEvent):
+            rest = chunks.text(index, event.text) if event.text else b""
+            return rest + chunks.finish(index, event.reason, event.stats)
+        if event.logprobs is not None:
+            return chunks.delta(index, {"content": event.text}, [chat_logprob(event.logprobs)])
+        return chunks.text(index, event.text) if event.text else b""
+
+    return encode

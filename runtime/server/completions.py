@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from ziggurat.runtime.server.record import record_of
 from ziggurat.runtime.server.results import completion_logprobs, timings_of, usage_of
 from ziggurat.runtime.server.schemas.completions import Completion, CompletionRequest
 from ziggurat.runtime.server.state import ServerState, State
-from ziggurat.runtime.server.streaming import EventSourceResponse
+from ziggurat.runtime.server.streaming import EventSourceResponse, event_parts
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -52,7 +52,9 @@ async def completions(request: Request, body: CompletionRequest, state: State) -
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     await generations.start()
     chunks = CompletionChunks(head, usage=with_usage, n=n, n_choices=len(requests))
-    return EventSourceResponse(_parts(generations, answers, chunks, body), ping=state.settings.ping)
+    echo = _echo(answers, chunks)
+    parts = event_parts(generations, _encoder(answers, chunks, body.logprobs), first=echo, last=chunks.end)
+    return EventSourceResponse(parts, ping=state.settings.ping)
 
 
 @dataclass
@@ -153,20 +155,21 @@ def _choice(answer: _Answer, body: CompletionRequest) -> dict[str, Any]:
     }
 
 
-async def _parts(
-    generations: Generations, answers: list[_Answer], chunks: CompletionChunks, body: CompletionRequest
-) -> AsyncGenerator[bytes, None]:
-    wanted = body.logprobs
-    with generations:
-        if body.echo:
-            yield b"".join(chunks.text(place, answer.echo) for place, answer in enumerate(answers))
-        async for place, event in generations.events():
-            if isinstance(event, FinishEvent):
-                yield chunks.finish(place, event)
-            elif event.logprobs is not None and wanted is not None:
-                answer = answers[place]
-                yield chunks.with_logprobs(place, event.text, completion_logprobs([(event, answer.length)], wanted))
-                answer.length += len(event.text)
-            elif event.text:
-                yield chunks.text(place, event.text)
-        yield chunks.end()
+def _encoder(answers: list[_Answer], chunks: CompletionChunks, n_top: int | None) -> Callable[[int, Event], bytes]:
+    """Return what makes chunks of events; ``n_top`` as ``logprobs`` of the request."""
+
+    def encode(place: int, event: Event) -> bytes:
+        if isinstance(event, FinishEvent):
+            return chunks.finish(place, event)
+        if event.logprobs is not None and n_top is not None:
+            answer = answers[place]
+            offset = answer.length
+            answer.length += len(event.text)
+            return chunks.with_logprobs(place, event.text, completion_logprobs([(event, offset)], n_top))
+        return chunks.text(place, event.text) if event.text else b""
+
+    return encode
+
+
+def _echo(answers: list[_Answer], chunks: CompletionChunks) -> bytes:
+    return b"".join(chunks.text(place, answer.echo) for place, answer in enumerate(answers) if answer.echo)

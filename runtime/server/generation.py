@@ -66,29 +66,36 @@ class Generations:
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """Yield the events of all, with the places of their requests. Raises ApiError for what went wrong."""
+        async for batch in self.batches():
+            for place, event in batch:
+                yield place, event
+
+    async def batches(self) -> AsyncIterator[list[tuple[int, Event]]]:
+        """Yield the same in lists of what is there at the same time."""
         await self.start()
         try:
-            if len(self._requests) == 1:
-                async for event in self._streams[0]:
-                    yield 0, self._counted(0, event)
-            else:
-                async for place, event in self._together():
-                    yield place, self._counted(place, event)
+            async for batch in self._one() if len(self._requests) == 1 else self._together():
+                for number, (place, event) in enumerate(batch):
+                    self._meters[place](event)
+                    if isinstance(event, FinishEvent) and event.reason == "cancelled":
+                        yield batch[:number]
+                        raise ApiError(503, "the request was cancelled", code="cancelled")
+                yield batch
         except Exception as error:
             raise api_error(error, self._param) from error
 
-    def _counted(self, place: int, event: Event) -> Event:
-        self._meters[place](event)
-        return _whole(event)
+    async def _one(self) -> AsyncIterator[list[tuple[int, Event]]]:
+        async for events in self._streams[0].batches():
+            yield [(0, event) for event in events]
 
-    async def _together(self) -> AsyncIterator[tuple[int, Event]]:
-        queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+    async def _together(self) -> AsyncIterator[list[tuple[int, Event]]]:
+        queue: asyncio.Queue[tuple[int, list[Event] | Exception]] = asyncio.Queue()
         readers: dict[int, asyncio.Task[None]] = {}
 
         async def read(place: int, stream: EventStream[Event]) -> None:
             try:
-                async for event in stream:
-                    queue.put_nowait((place, event))
+                async for events in stream.batches():
+                    queue.put_nowait((place, events))
             except Exception as error:
                 queue.put_nowait((place, error))
 
@@ -98,23 +105,25 @@ class Generations:
                 for place, stream in self._streams.items():
                     if place not in readers:
                         readers[place] = asyncio.create_task(read(place, stream))
-                place, event = await queue.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield place, event
-                if isinstance(event, FinishEvent):
-                    left -= 1
+                ready = [await queue.get()]
+                while not queue.empty():
+                    ready.append(queue.get_nowait())
+                batch: list[tuple[int, Event]] = []
+                for place, events in ready:
+                    if isinstance(events, Exception):
+                        yield batch
+                        raise events
+                    batch += ((place, event) for event in events)
+                yield batch
+                ended = [place for place, event in batch if isinstance(event, FinishEvent)]
+                left -= len(ended)
+                for place in ended:
                     del self._streams[place]
+                if ended:
                     await self.start()
         finally:
             for task in readers.values():
                 task.cancel()
-
-
-def _whole(event: Event) -> Event:
-    if isinstance(event, FinishEvent) and event.reason == "cancelled":
-        raise ApiError(503, "the request was cancelled", code="cancelled")
-    return event
 
 
 async def attended(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ziggurat.runtime.engine import Event
 from ziggurat.runtime.server.errors import api_error
+from ziggurat.runtime.server.generation import Generations
 
 DONE = b"data: [DONE]\n\n"
 _PING = b": still here\n\n"
@@ -19,6 +21,27 @@ _PING = b": still here\n\n"
 def sse(data: Any) -> bytes:
     """Return an event whose data is JSON."""
     return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def event_parts(
+    generations: Generations,
+    encode: Callable[[int, Event], bytes],
+    *,
+    first: bytes = b"",
+    last: Callable[[], bytes] = lambda: DONE,
+) -> AsyncGenerator[bytes, None]:
+    """Yield the parts of a stream: ``first``, what ``encode`` makes of each event by its place, and ``last``.
+
+    What comes at the same time is one part: to hand a part to the connection takes longer than all else here.
+    """
+    with generations:
+        if first:
+            yield first
+        async for batch in generations.batches():
+            part = b"".join([encode(place, event) for place, event in batch])
+            if part:
+                yield part
+        yield last()
 
 
 class EventSourceResponse(Response):
