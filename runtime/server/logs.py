@@ -40,3 +40,5 @@ def log_to_stderr(level: int = logging.INFO) -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(least)
         logger.propagate = False
+    if level > logging.DEBUG:  # the library tells at INFO what it does
+        logging.getLogger("ziggurat.runtime.llama_cpp").setLevel(logging.WARNING)

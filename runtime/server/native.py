@@ -47,7 +47,6 @@ async def metrics(request: Request) -> Response:
 async def props(state: State) -> Any:
     """Describe what is served."""
     info = state.info
-    template = info.metadata.get("tokenizer.chat_template")
     return {
         "version": importlib.metadata.version("ziggurat"),
         "system_fingerprint": state.fingerprint,
@@ -64,7 +63,7 @@ async def props(state: State) -> Any:
         "kv_unsupported": info.kv_unsupported,
         "generates_text": info.generates_text,
         "embedding_size": info.embedding_size,
-        "chat_template": template if isinstance(template, str) else None,
+        "has_chat_template": info.has_chat_template,
     }
 
 

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from ziggurat.runtime.engine import (
+    Embeddings,
     EngineStats,
     Event,
     FinishEvent,
     FinishReason,
     GenerationRequest,
     GenerationStats,
+    KeptRows,
     ModelInfo,
     TokenEvent,
 )
 from ziggurat.runtime.engine.stream import Channel, EventStream
-from ziggurat.runtime.errors import EngineClosedError, EngineError
+from ziggurat.runtime.errors import (
+    ConversationError,
+    EngineClosedError,
+    EngineError,
+    InvalidRequestError,
+    TokenError,
+)
 
 Script = Callable[[GenerationRequest], Iterable[str]]
 
@@ -42,22 +52,26 @@ class FakeEngine:
     wait. ``delay`` seconds pass before each piece. ``requests`` records what was asked.
     """
 
-    def __init__(self, script: Iterable[str] | Script = ("Hello", " world", "."), *, delay: float = 0.0) -> None:
+    def __init__(
+        self, script: Iterable[str] | Script = ("Hello", " world", "."), *, delay: float = 0.0, info: ModelInfo = INFO
+    ) -> None:
         pieces = None if callable(script) else tuple(script)
         self._script: Script = script if callable(script) else lambda _request: pieces or ()
         self._delay = delay
+        self._info = info
         self._lock = threading.RLock()
         self._running: dict[str, threading.Event] = {}
         self._stats = EngineStats()
         self._closed = False
         self._threads: list[threading.Thread] = []
         self.requests: list[GenerationRequest] = []
+        self.conversations: dict[str, KeptRows] = {}
 
     def load(self) -> ModelInfo:
         if self._closed:
             raise EngineClosedError("the engine was closed")
         self._stats = replace(self._stats, loaded=True)
-        return INFO
+        return self._info
 
     def stream(self, request: GenerationRequest) -> EventStream[Event]:
         with self._lock:
@@ -103,6 +117,28 @@ class FakeEngine:
         if cancelled is not None:
             cancelled.set()
         return cancelled is not None
+
+    def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
+        """Return vectors of the texts' lengths."""
+        if any(not text for text in texts):
+            raise InvalidRequestError("text 0 has no tokens, and there is nothing to embed")
+        vectors = np.array([[len(text), 0.5, -1.25] for text in texts], dtype=np.float32)
+        return Embeddings(vectors, sum(map(len, texts)))
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """Return the text's bytes, 1 before them with ``add_special``."""
+        return [1] * add_special + list(text.encode())
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        if any(not 0 <= token < INFO.n_vocab for token in tokens):
+            raise TokenError(f"a token of {list(tokens)} is not in the vocabulary")
+        return bytes(tokens).decode(errors="replace")
+
+    def kept(self, conversation: str) -> KeptRows:
+        """Return what ``conversations`` holds."""
+        if conversation not in self.conversations:
+            raise ConversationError(f"the engine holds no conversation {conversation!r}")
+        return self.conversations[conversation]
 
     def stats(self) -> EngineStats:
         with self._lock:

@@ -102,7 +102,7 @@ def _request_id(scope: Scope) -> str:
 def _route(scope: Scope) -> str | None:
     """Return the pattern of the route that took the request; None where none did, or it was refused before."""
     path = getattr(scope.get("route"), "path", None)
-    return path if isinstance(path, str) else None
+    return path.replace(":path}", "}") if isinstance(path, str) else None
 
 
 def _write(record: RequestRecord) -> None:

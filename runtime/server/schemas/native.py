@@ -37,7 +37,7 @@ class Props(AnswerModel):
     kv_unsupported: str | None
     generates_text: bool
     embedding_size: int | None
-    chat_template: str | None
+    has_chat_template: bool
 
 
 class Slot(AnswerModel):
