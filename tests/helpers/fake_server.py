@@ -1,7 +1,7 @@
 """A server of a process of its own, with a scripted engine: ``python fake_server.py '{"delay": 0.1, ...}'``.
 
-It says its URL on stdout. The prompt ``3x5`` is answered with three pieces of five characters and a space (``3``: of one),
-``delay`` seconds between them.
+It says its URL on stdout. The prompt ``3x5`` is answered with three pieces of five characters and a space, ``3`` with
+three of one, ``delay`` seconds between them.
 """
 
 from __future__ import annotations
