@@ -36,8 +36,8 @@ VALID: dict[str, dict[str, Any]] = {
 _ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 1.5, 1e308, -1e308, 2**31, 2**63, 2**64, 10**400, -(10**400),
     float("nan"), float("inf"), "", " ", "\x00", "x" * 5000, "\ud800", "\udfff\ud800", "é\u202e", "<|im_end|>",
-    "<|im_start|>", "{{ x }}", "{% for %}", "../../etc/passwd", "[INST]", [], [[]], [None], [1000000000], [-5], {}, {"": {}},
-    {"a": [{}] * 50}, ["a"] * 5000,
+    "<|im_start|>", "{{ x }}", "{% for %}", "../../etc/passwd", "[INST]", [], [[]], [None], [1000000000], [-5], {},
+    {"": {}}, {"a": [{}] * 50}, ["a"] * 5000,
     list(range(3000)), {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, {"$ref": "#"},
     {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/x", "pattern": "(((((a*)*)*)*)*)*b"}}},
 ]  # fmt: skip
