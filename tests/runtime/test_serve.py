@@ -28,8 +28,10 @@ class Served:
         self.app = load(Phase(), "http://host:1")
         self.settings = self.app.state.server.settings
         # while the engine is open
-        headers = {"Authorization": f"Bearer {key}" for key in self.settings.api_key}
-        self.models = [model["id"] for model in TestClient(self.app, headers=headers).get("/v1/models").json()["data"]]
+        headers = [("Authorization", f"Bearer {key}") for key in self.settings.api_key]
+        self.models = [
+            model["id"] for model in TestClient(self.app, headers=dict(headers)).get("/v1/models").json()["data"]
+        ]
         return 0
 
 
