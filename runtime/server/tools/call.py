@@ -90,8 +90,8 @@ class CallReader:
             function = json.loads("".join(self._text)).get("function")
             if not isinstance(function, dict):
                 raise NoCallError
-            given = next((function[key] for key in _ARGUMENTS if key in function), {})
-            return self._known(function.get("name")), _as_object(given)
+            inner: object = next((function[key] for key in _ARGUMENTS if key in function), {})
+            return self._known(function.get("name")), _as_object(inner)
         if self._arguments is None:
             return self.name, "{}"
         text = "".join(self._text[slice(*self._arguments)])

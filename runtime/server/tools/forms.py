@@ -16,9 +16,9 @@ class Form:
 
     Each is a JSON object with a ``name`` and ``arguments`` (the key is called so or otherwise, and both are read), or
     with ``named`` its name and then the object of arguments. ``marker`` comes before them; with ``at_start`` they may
-    also stand without it where the answer begins. ``opening`` leads to the first one, ``separators`` may stand between calls,
-    ``closers`` may follow the last one, in this order. ``control`` lists the texts above that are control tokens in
-    vocabularies of the family.
+    also stand without it where the answer begins. ``opening`` leads to the first one, ``separators`` may stand between
+    calls, ``closers`` may follow the last one, in this order. ``control`` lists the texts above that are control tokens
+    in vocabularies of the family.
 
     ``native``: the model's template describes the tools, and writes calls and results; else messages of ours do.
     ``one_call``: it takes no more than one call in a message. ``short_ids``: it takes ids of nine letters and digits.

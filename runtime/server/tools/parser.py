@@ -6,56 +6,21 @@ might be a call is held back; when it is none, every character of it comes out a
 
 from __future__ import annotations
 
-import secrets
+import string
 from collections import deque
 from collections.abc import Callable, Collection, Generator
-from dataclasses import dataclass
 
 from ziggurat.runtime.server.tools.call import CallReader, NamedReader, NoCallError
+from ziggurat.runtime.server.tools.deltas import ArgumentsDelta, CallDelta, Delta, TextDelta, new_id
 from ziggurat.runtime.server.tools.forms import Form
 
 _BLANKS = " \t\n\r"
 _FENCE = "```"
 _THOUGHT = "</think>"  # an answer begins after it
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
+_NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_-.")
 _MAX_NAME = 64
-_SHORT_ID = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 _Steps = Generator[None, None, None]
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """More of the answer's text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class CallDelta:
-    """A call begins, the ``index``-th of the answer."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class ArgumentsDelta:
-    """More of the arguments, a JSON object's text, of the call with this ``index``."""
-
-    index: int
-    text: str
-
-
-Delta = TextDelta | CallDelta | ArgumentsDelta
-
-
-def new_id(form: Form) -> str:
-    """Return an id for a call that the form's template will take back."""
-    if form.short_ids:
-        return "".join(secrets.choice(_SHORT_ID) for _ in range(9))
-    return f"call_{secrets.token_hex(12)}"
 
 
 class ToolCallParser:

@@ -21,8 +21,8 @@ class NotJSONError(ValueError):
 class ObjectScanner:
     """Reads one JSON object (RFC 8259) from its opening brace on.
 
-    ``key`` is the last name of the object's own members that was read, the ``n_keys``-th, ``in_value`` tells whether a value of one is
-    begun and not ended, and ``done`` whether the object is. A number or literal ends with the character after it.
+    ``key`` is the last name of the object's own members that was read, the ``n_keys``-th; ``in_value`` tells whether a
+    value of one is begun and not ended, and ``done`` whether the object is. A number ends with the character after it.
     """
 
     def __init__(self) -> None:
