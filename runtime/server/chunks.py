@@ -9,6 +9,7 @@ from typing import Any
 from ziggurat.runtime.engine import FinishEvent, GenerationStats
 from ziggurat.runtime.server.results import timings_of, usage_of
 from ziggurat.runtime.server.streaming import DONE
+from ziggurat.runtime.server.tools.deltas import CallDelta, Delta, TextDelta
 
 
 class ChunkWriter:
@@ -50,16 +51,30 @@ class ChunkWriter:
 
 
 class ChatChunks(ChunkWriter):
-    """The chunks of a chat's stream."""
+    """The chunks of a chat's stream, of ``n`` choices; with ``tools`` they may have no text at all."""
 
-    def __init__(self, head: dict[str, Any], *, usage: bool, n: int) -> None:
+    def __init__(self, head: dict[str, Any], *, usage: bool, n: int, tools: bool = False) -> None:
         super().__init__(head, usage=usage, per_prompt=n)
         self._n = n
+        self._first = _json({"role": "assistant", "content": None if tools else "", "refusal": None})
         self._around = [self.around(_choice(index, '{"content":@@}')) for index in range(n)]
 
     def role(self, index: int) -> bytes:
         """Return the first chunk of a choice."""
-        return self.chunk(_choice(index, '{"role":"assistant","content":"","refusal":null}')).encode()
+        return self.chunk(_choice(index, self._first)).encode()
+
+    def of(self, index: int, delta: Delta, logprobs: list[dict[str, Any]] | None = None) -> bytes:
+        """Return a chunk with what is new of a choice, and with log-probabilities of its tokens."""
+        if isinstance(delta, TextDelta):
+            if logprobs is None:
+                return self.text(index, delta.text)
+            return self.delta(index, {"content": delta.text}, logprobs)
+        if isinstance(delta, CallDelta):
+            function = {"name": delta.name, "arguments": ""}
+            call = {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+        else:
+            call = {"index": delta.index, "function": {"arguments": delta.text}}
+        return self.delta(index, {"tool_calls": [call]}, logprobs)
 
     def text(self, index: int, text: str) -> bytes:
         """Return a chunk with text and nothing else."""

@@ -40,6 +40,7 @@ class Generations:
         self._at_once = max(1, at_once)
         self._streams: dict[int, EventStream[Event]] = {}
         self._next = 0
+        self._ended: set[int] = set()
 
     def __enter__(self) -> Generations:
         return self
@@ -48,6 +49,12 @@ class Generations:
         for stream in self._streams.values():
             stream.cancel()
         self._streams.clear()
+
+    def end(self, place: int) -> None:
+        """Have a request's answer end where it is. Its last event still comes, with reason ``cancelled``."""
+        if place not in self._ended and place in self._streams:
+            self._ended.add(place)
+            self._streams[place].cancel()
 
     async def start(self) -> None:
         """Hand the first requests to the engine. Raises ApiError when it does not take them."""
@@ -77,7 +84,8 @@ class Generations:
             async for batch in self._one() if len(self._requests) == 1 else self._together():
                 for number, (place, event) in enumerate(batch):
                     self._meters[place](event)
-                    if isinstance(event, FinishEvent) and event.reason == "cancelled":
+                    cancelled = isinstance(event, FinishEvent) and event.reason == "cancelled"
+                    if cancelled and place not in self._ended:
                         yield batch[:number]
                         raise ApiError(503, "the request was cancelled", code="cancelled")
                 yield batch

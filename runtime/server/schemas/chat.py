@@ -15,21 +15,14 @@ from ziggurat.runtime.server.schemas.common import (
     Timings,
     Usage,
 )
-
-
-class CalledFunction(RequestModel):
-    """A call that the model made: the function's name and its arguments as JSON text."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(RequestModel):
-    """A call in an assistant's message."""
-
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
+from ziggurat.runtime.server.schemas.tools import (
+    ChatTool,
+    ChatToolChoice,
+    MadeToolCall,
+    ResponseFormat,
+    ToolCall,
+    ToolCallDelta,
+)
 
 
 class ChatMessage(RequestModel):
@@ -65,6 +58,12 @@ class ChatRequest(GenerationFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1, description="Default: until the model ends.")
     max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
+    tools: list[ChatTool] | None = None
+    tool_choice: ChatToolChoice | None = Field(
+        default=None, description="Default: auto with tools. Named or required calls fit their functions' schemas."
+    )
+    parallel_tool_calls: bool | None = Field(default=None, description="false: at most one call. Default: true.")
+    response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
@@ -96,6 +95,7 @@ class AnswerMessage(AnswerModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    tool_calls: list[MadeToolCall] | None = None
 
 
 class ChatChoice(AnswerModel):
@@ -104,7 +104,7 @@ class ChatChoice(AnswerModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     timings: Timings | None = None
 
 
@@ -127,6 +127,7 @@ class Delta(AnswerModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(AnswerModel):
@@ -135,7 +136,7 @@ class ChunkChoice(AnswerModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class ChatCompletionChunk(AnswerModel):

@@ -6,6 +6,7 @@ as its templates want them. What is told here of the families comes from the tem
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +83,7 @@ GENERIC = Form(
 _OTHER_CONTENTS = ("<function=", "<arg_key>")
 
 
+@functools.lru_cache(maxsize=8)
 def detect(template: str | None) -> Form:
     """Return the form of a chat template (Jinja source), by the markers that it writes; ``GENERIC`` for others."""
     if template is None or "tools" not in template:

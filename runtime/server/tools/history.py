@@ -35,7 +35,7 @@ def written(messages: Sequence[Message], form: Form) -> tuple[Message, ...]:
     names = _names_of_calls(messages)
     if form.native:
         return tuple(_native(messages, form, names))
-    return tuple(_merged(_plain(messages, names)))
+    return tuple(_plain(messages, names))
 
 
 def instructed(
@@ -109,32 +109,27 @@ def _id(call_id: str, form: Form) -> str:
 
 
 def _plain(messages: Sequence[Message], names: Mapping[str, str]) -> Iterator[Message]:
+    """Write calls as text, and results with what the user says then: many templates want the two to take turns."""
+    results: list[str] = []
     for message in messages:
-        calls = message.more.get("tool_calls")
         if message.role == "tool":
             call_id = message.more.get("tool_call_id", "")
             name = names.get(call_id) or message.more.get("name") or call_id
-            yield Message("user", f"The function {name} returned:\n{message.content}")
-        elif calls:
-            said = [
-                {"name": call["function"]["name"], "arguments": _object(call["function"]["arguments"])}
-                for call in calls
-            ]
-            text = json.dumps({"tool_calls": said}, ensure_ascii=False)
-            yield Message(message.role, f"{message.content}\n{text}" if message.content else text)
-        else:
-            yield message
-
-
-def _merged(messages: Iterator[Message]) -> Iterator[Message]:
-    """Join results with each other and with what the user says then: many templates want roles to alternate."""
-    last: Message | None = None
-    for message in messages:
-        if last is not None and last.role == message.role == "user" and last.content.startswith("The function "):
-            last = replace(last, content=f"{last.content}\n\n{message.content}")
+            results.append(f"The function {name} returned:\n{message.content}")
             continue
-        if last is not None:
-            yield last
-        last = message
-    if last is not None:
-        yield last
+        if results:
+            if message.role == "user":
+                message = replace(message, content="\n\n".join([*results, message.content]))
+            else:
+                yield Message("user", "\n\n".join(results))
+            results = []
+        calls = message.more.get("tool_calls")
+        if not calls:
+            yield message
+            continue
+        functions = [call["function"] for call in calls]
+        said = [{"name": each["name"], "arguments": _object(each["arguments"])} for each in functions]
+        text = json.dumps({"tool_calls": said}, ensure_ascii=False)
+        yield Message(message.role, f"{message.content}\n{text}" if message.content else text)
+    if results:
+        yield Message("user", "\n\n".join(results))
