@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from typing import Any
 
 from ziggurat.runtime.server.tools.scan import NotJSONError, ObjectScanner
 
@@ -73,11 +74,10 @@ class CallReader:
             if self._text[begin] not in '{"n':
                 raise NoCallError
             self._arguments = (begin, len(self._text))
-        elif key == "name" or (key == "function" and self._text[begin] == '"'):
-            name = json.loads("".join(self._text[begin:]))
-            if self.name is not None:
+        elif key == "name" or (key == "function" and self._text[begin] != "{"):
+            if self.name is not None or self._text[begin] != '"':
                 raise NoCallError
-            self.name = self._known(name)
+            self.name = self._known(_parsed("".join(self._text[begin:])))
 
     def _known(self, name: object) -> str:
         if not isinstance(name, str) or name not in self._names:
@@ -87,7 +87,7 @@ class CallReader:
     def finished(self) -> tuple[str, str]:
         """Return the name and the arguments (a JSON object's text). Raises NoCallError."""
         if self.name is None:
-            function = json.loads("".join(self._text)).get("function")
+            function = _parsed("".join(self._text))["function"] if "function" in self._keys else None
             if not isinstance(function, dict):
                 raise NoCallError
             inner: object = next((function[key] for key in _ARGUMENTS if key in function), {})
@@ -95,7 +95,7 @@ class CallReader:
         if self._arguments is None:
             return self.name, "{}"
         text = "".join(self._text[slice(*self._arguments)])
-        return self.name, text if text[0] == "{" else _as_object(json.loads(text))
+        return self.name, text if text[0] == "{" else _as_object(_parsed(text))
 
 
 class NamedReader:
@@ -126,15 +126,19 @@ class NamedReader:
         return self.name, "".join(self._text)
 
 
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise NoCallError from None
+
+
 def _as_object(arguments: object) -> str:
     """Return arguments as text; models write them as text themselves, or null for none."""
     if arguments is None:
         return "{}"
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            raise NoCallError from None
+        arguments = _parsed(arguments)
     if not isinstance(arguments, dict):
         raise NoCallError
     return json.dumps(arguments)

@@ -187,6 +187,8 @@ class ToolCallParser:
         index, begun = self.n_calls, False
         while True:
             try:
+                if not self._character:
+                    raise NoCallError
                 given = reader.feed(self._character)
             except NoCallError:
                 if begun:  # and given out
@@ -230,7 +232,7 @@ class ToolCallParser:
             tag = ""
             while not tag.endswith("]"):
                 tag += self._character
-                if not any(known.startswith(tag) for known in ("[CALL_ID]", "[ARGS]")):
+                if not self._character or not any(known.startswith(tag) for known in ("[CALL_ID]", "[ARGS]")):
                     raise NoCallError
                 yield from self._hold()
             if tag == "[CALL_ID]":
