@@ -13,6 +13,13 @@ from ziggurat.runtime.grammar import read_grammar
 from ziggurat.runtime.json_schema import schema_grammar
 from ziggurat.runtime.server.errors import ApiError
 from ziggurat.runtime.server.schemas.chat import ChatRequest
+from ziggurat.runtime.server.schemas.responses import (
+    AllowedFunctions,
+    NamedFunction,
+    NamedSchema,
+    ResponsesRequest,
+    TextFields,
+)
 from ziggurat.runtime.server.schemas.tools import (
     AllowedChoice,
     ChatToolChoice,
@@ -53,6 +60,21 @@ def chat_tools(body: ChatRequest) -> Tools:
     return tools_of(functions_of(given), *_choice(body.tool_choice), body.parallel_tool_calls, bool(body.tools))
 
 
+def response_tools(body: ResponsesRequest) -> Tools:
+    """Return the tools of a request for a response. Raises ApiError."""
+    given = [(f"tools[{index}]", tool) for index, tool in enumerate(body.tools or ())]
+    choice = body.tool_choice
+    mode: Mode | None
+    allowed: tuple[str, ...] | None
+    if isinstance(choice, NamedFunction):
+        mode, allowed = "required", (choice.name,)
+    elif isinstance(choice, AllowedFunctions):
+        mode, allowed = choice.mode, tuple(tool.name for tool in choice.tools)
+    else:
+        mode, allowed = choice, None
+    return tools_of(functions_of(given), mode, allowed, body.parallel_tool_calls, bool(body.tools))
+
+
 def _choice(choice: ChatToolChoice | None) -> tuple[Mode | None, tuple[str, ...] | None]:
     if isinstance(choice, NamedTool):
         return "required", (choice.function.name,)
@@ -83,6 +105,14 @@ def format_schema(wanted: TextFormat | JSONObjectFormat | JSONSchemaFormat | Non
     if isinstance(wanted, JSONSchemaFormat):
         return schema_text(wanted.json_schema.schema_)
     return None
+
+
+def response_schema(text: TextFields | None) -> str | None:
+    """Return the JSON schema (its text) that a response's text fits; None for any text."""
+    wanted = None if text is None else text.format
+    if isinstance(wanted, NamedSchema):
+        return schema_text(wanted.schema_)
+    return format_schema(wanted)
 
 
 def schema_text(schema: Mapping[str, Any] | None) -> str:
