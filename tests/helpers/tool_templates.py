@@ -46,7 +46,8 @@ MISTRAL = (
     "{% elif message.tool_calls is defined and message.tool_calls is not none %}{{ '[TOOL_CALLS] [' }}"
     "{% for tool_call in message.tool_calls %}{% set out = tool_call.function | tojson %}{{ out[:-1] }}"
     "{% if tool_call.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{% endif %}"
-    "{{ ', \"id\": \"' + tool_call.id + '\"}' }}{% if not loop.last %}{{ ', ' }}{% endif %}{% endfor %}{{ ']' + eos_token }}"
+    "{{ ', \"id\": \"' + tool_call.id + '\"}' }}{% if not loop.last %}{{ ', ' }}{% endif %}{% endfor %}"
+    "{{ ']' + eos_token }}"
     "{% elif message.role == 'tool' %}"
     '{{ \'[TOOL_RESULTS] {"content": \' + (message.content | tojson) + \', "call_id": "\' + message.tool_call_id }}'
     "{{ '\"}[/TOOL_RESULTS]' }}"
@@ -59,8 +60,9 @@ MISTRAL_NAMED = (
     "{% endif %}{{ '[INST]' + message.content + '[/INST]' }}"
     "{% elif message.tool_calls %}{% for call in message.tool_calls %}{% set arguments = call.function.arguments %}"
     "{% if arguments is not string %}{% set arguments = arguments | tojson %}{% endif %}"
-    "{{ '[TOOL_CALLS]' + call.function.name + '[CALL_ID]' + call.id + '[ARGS]' + arguments }}{% endfor %}{{ eos_token }}"
-    "{% elif message.role == 'tool' %}{{ '[TOOL_RESULTS]' + message.tool_call_id + '[TOOL_CONTENT]' + message.content }}"
-    "{{ '[/TOOL_RESULTS]' }}{% elif message.role == 'assistant' %}{{ message.content + eos_token }}{% endif %}"
-    "{% endfor %}"
+    "{{ '[TOOL_CALLS]' + call.function.name + '[CALL_ID]' + call.id + '[ARGS]' + arguments }}{% endfor %}"
+    "{{ eos_token }}"
+    "{% elif message.role == 'tool' %}{{ '[TOOL_RESULTS]' + message.tool_call_id + '[TOOL_CONTENT]' }}"
+    "{{ message.content + '[/TOOL_RESULTS]' }}"
+    "{% elif message.role == 'assistant' %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
 )

@@ -112,12 +112,12 @@ class ToolCallParser:
 
         Blanks are held until something follows: those between a text and a call are of neither.
         """
-        held = ""
+        held, said = "", not self.n_calls
         while True:
             yield from self._next()
             character = self._character
             if not character:
-                self._say(held if held.strip() or not self.n_calls else "")
+                self._say(held if held.strip(_BLANKS) or said else "")
                 return ""
             held += character
             for marker in self._markers:
@@ -131,6 +131,7 @@ class ToolCallParser:
             keep = len(held) - _beginning_of_marker(held, self._markers)
             keep = len(held[:keep].rstrip(_BLANKS))
             self._say(held[:keep])
+            said = said or keep > 0
             held = held[keep:]
 
     def _say(self, text: str) -> None:

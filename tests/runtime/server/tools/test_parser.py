@@ -43,9 +43,9 @@ def read(
 
 WELL_FORMED: list[tuple[Form, str, str, list[tuple[str, str]]]] = [
     (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "", [F]),
-    (HERMES, '<tool_call>{"name":"f","arguments":{"a": 1}}</tool_call>\n<tool_call>{"name":"g"}</tool_call>\n', "", [F, G]),
+    (HERMES, '<tool_call> {"name":"f","arguments":{"a": 1}}</tool_call>\n<tool_call>{"name":"g"}\n', "", [F, G]),
     (HERMES, 'Let me see.\n\n<tool_call>{"arguments": {"a": 1}, "name": "f"}', "Let me see.", [F]),
-    (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}}\n{"name": "g", "arguments": {}}</tool_call> so', " so", [F, G]),
+    (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}}\n{"name": "g"}</tool_call> so\n', " so\n", [F, G]),
     (HERMES, f'<tool_call>{{"name": "f", "arguments": {NESTED}}}</tool_call>', "", [("f", NESTED)]),
     (HERMES, '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [F]),
     (HERMES, '<tool_call>{"name": "g", "arguments": null}</tool_call>', "", [G]),
@@ -71,7 +71,7 @@ WELL_FORMED: list[tuple[Form, str, str, list[tuple[str, str]]]] = [
 
 # whatever is no call, or calls a function that there is not
 TEXTS: list[tuple[Form, str]] = [
-    *((form, text) for form in FORMS for text in ("", "Hello.", "  \n", "{", '{"a": 1}', "a <tool", "[", "```json\n1", "`")),
+    *((form, text) for form in FORMS for text in ("", "Hi.", " \n", "{", '{"a": 1}', "<tool", "[", "```json\n1", "`")),
     (HERMES, '<tool_call>{"name": "h", "arguments": {}}</tool_call> x'),
     (HERMES, 'a \n <tool_call>{"name": "f", "arguments": {"a": </tool_call> y'),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1}'),
@@ -170,9 +170,10 @@ def test_ids_are_as_templates_take_them() -> None:
 
 
 PIECES = [
-    "<tool_call>", "</tool_call>", "<tool", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "</think>", "```json", "```",
-    "f", "g", "[", "]", "{", "}", ",", ";", ":", " ", "\n", '"', "\\", "1", "true", '"name": "f"', '{"name": "g"}',
-    '"arguments": {', '"parameters": {}', '{"name": "f", "arguments": {"a": 1}}', '{"tool_calls": [', "é", "text",
+    "<tool_call>", "</tool_call>", "<tool", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "</think>", "```",
+    "```json", "f", "g", "[", "]", "{", "}", ",", ";", ":", " ", "\n", '"', "\\", "1", "true", '"name": "f"',
+    '{"name": "g"}', '"arguments": {', '"parameters": {}', '{"name": "f", "arguments": {"a": 1}}', '{"tool_calls": [',
+    "é", "text",
 ]  # fmt: skip
 ANY_TEXT = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25).map("".join)
 
@@ -192,11 +193,12 @@ def test_calls_are_whole_and_texts_without_calls_complete(text: str, form: Form)
         assert name in ("f", "g") and isinstance(json.loads(arguments), dict)
 
 
+NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | NUMBERS | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @given(arguments=st.dictionaries(st.text(), JSON, max_size=4), eager=st.booleans(), ascii_only=st.booleans())
