@@ -7,7 +7,7 @@ import importlib.metadata
 from fastapi import FastAPI
 
 from ziggurat.runtime.engine import Engine
-from ziggurat.runtime.server import chat, completions, embeddings, errors, models, native, responses
+from ziggurat.runtime.server import chat, completions, docs, embeddings, errors, models, native, openapi, responses
 from ziggurat.runtime.server.metrics import Metrics
 from ziggurat.runtime.server.middleware.auth import AuthMiddleware
 from ziggurat.runtime.server.middleware.body import BodyMiddleware
@@ -31,10 +31,13 @@ def create_app(engine: Engine, settings: ServerSettings | None = None, phase: Ph
         summary="An OpenAI-style API over a model in a GGUF file.",
         version=importlib.metadata.version("ziggurat"),
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=openapi.operation_id,
     )
     app.state.server = ServerState.of(engine, settings)
     errors.install(app)
-    for room in (chat, completions, embeddings, models, native, responses):
+    for room in (chat, completions, embeddings, models, native, responses, docs):
         app.include_router(room.router)
     app.state.phase = phase = phase or Phase()
     app.state.metrics = metrics = Metrics(engine)
@@ -45,6 +48,7 @@ def create_app(engine: Engine, settings: ServerSettings | None = None, phase: Ph
 def _guard(app: FastAPI, settings: ServerSettings, phase: Phase, metrics: Metrics) -> None:
     """Put the middleware before an app: of these, the one that is added last sees a request first."""
     public = ["/health", *(["/metrics"] if settings.public_metrics else [])]
+    openapi.install(app, keys=bool(settings.api_key), public=public)
     app.add_middleware(BodyMiddleware, limit=settings.max_body, timeout=settings.body_timeout)
     app.add_middleware(AuthMiddleware, keys=settings.api_key, public=public)
     app.add_middleware(LimitsMiddleware, phase=phase, requests=settings.max_requests, timeout=settings.request_timeout)

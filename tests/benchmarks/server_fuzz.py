@@ -45,6 +45,11 @@ OPTIONS = (
     "--alias", "tiny", "--ctx", 512, "--threads", 1, "--parallel", 4, "--embeddings", "--pooling", "mean",
     "--request-timeout", 60, "--grace", 30, "--max-requests", 512,
 )  # fmt: skip
+# all but those that take every refusal of a value for a fault: schemas cannot tell which tokens a vocabulary has
+CHECKS = ",".join((
+    "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_headers_conformance",
+    "response_schema_conformance", "negative_data_rejection", "unsupported_method", "allow_header_conformance",
+))  # fmt: skip
 Figures = dict[str, Any]
 
 
@@ -277,7 +282,7 @@ def schemathesis(server: ServerProcess, options: argparse.Namespace) -> Figures:
     """Let schemathesis read the OpenAPI document and try what it says."""
     command = [
         sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run",
-        f"{server.url}/openapi.json", "--checks", options.checks, "--seed", options.seed, "--max-examples",
+        f"{server.url}/openapi.json", "--checks", CHECKS, "--seed", options.seed, "--max-examples",
         options.examples, "--workers", 2, "--request-timeout", 60, "--phases", "examples,coverage,fuzzing",
         "--no-color", "--exclude-path", "/metrics", "--continue-on-failure", "--report-dir", options.work,
     ]  # fmt: skip
@@ -319,7 +324,6 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS, "kill"], metavar="PART")
     parser.add_argument("--bodies", type=int, default=10_000)
     parser.add_argument("--examples", type=int, default=100, help="of schemathesis for an operation")
-    parser.add_argument("--checks", default="all", help="of schemathesis")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -28,6 +28,9 @@ class BodyMiddleware:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        if headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers:
+            await self._app(scope, receive, send)  # which knows whether there must be one
+            return
         error = _type_error(headers) or self._length_error(headers)
         body = b""
         if error is None:

@@ -18,7 +18,10 @@ def no_lingering(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def post(*parts: bytes, headers: tuple[tuple[str, str], ...] = (JSON,), complete: bool = True) -> Answer:
+    """Ask with a body of unknown length, unless the headers say another."""
     app = BodyMiddleware(echo, limit=LIMIT, timeout=0.05)
+    if not any(name == "Content-Length" for name, _ in headers):
+        headers = (*headers, ("Transfer-Encoding", "chunked"))
     return ask(app, "POST", headers=headers, parts=parts, complete=complete)
 
 
@@ -33,7 +36,7 @@ def test_what_follows_the_body_reaches_the_application() -> None:
         kinds.append((await receive())["type"])  # type: ignore[operator]
 
     async def run() -> None:
-        exchange = Exchange(scope_of("POST", headers=[JSON]), [b"{}"])
+        exchange = Exchange(scope_of("POST", headers=[JSON, ("Transfer-Encoding", "chunked")]), [b"{}"])
         exchange.leave()
         await exchange.run(BodyMiddleware(waits, LIMIT, 1.0))
 
@@ -58,7 +61,7 @@ def test_announced_lengths_are_refused_before_anything_is_taken(length: str) -> 
 
 
 def test_streamed_bytes_are_counted() -> None:
-    got = post(b"123456", b"123456", b"...", headers=(JSON, ("Transfer-Encoding", "chunked")))
+    got = post(b"123456", b"123456", b"...", headers=(JSON,))
     assert (got.status, got.error["code"]) == (413, "body_too_large")
     # more than was announced does not get through either
     assert post(b"123456", b"123456", headers=(JSON, ("Content-Length", "6"))).status == 413
@@ -81,7 +84,7 @@ def test_a_slow_body_times_out() -> None:
 
 def test_a_client_that_leaves_meanwhile_gets_no_answer() -> None:
     async def run() -> Answer:
-        exchange = Exchange(scope_of("POST", headers=[JSON]), [b"{"], complete=False)
+        exchange = Exchange(scope_of("POST", headers=[JSON, ("Transfer-Encoding", "chunked")]), [b"{"], complete=False)
         exchange.leave()
         return await exchange.run(BodyMiddleware(echo, LIMIT, 10.0))
 
@@ -124,3 +127,6 @@ def test_requests_without_a_body_pass() -> None:
     app = BodyMiddleware(echo, LIMIT, 1.0)
     assert ask(app, "GET", headers=[("Content-Type", "text/plain")]).status == 200
     assert ask(app, "DELETE").status == 200
+    # whether there must be one is the application's to say
+    assert ask(app, "PUT").status == 200
+    assert ask(app, "POST", headers=[("Content-Length", "0")]).status == 200
