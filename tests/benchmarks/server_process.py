@@ -36,12 +36,13 @@ class ServerProcess:
         command = [sys.executable, "-m", "ziggurat.runtime", "serve", model, "--port", port, *options]
         self.process = subprocess.Popen([str(word) for word in command], stderr=self._log)
         self.url = self._wait()
-        self.port = int(self.url.rsplit(":", 1)[1])
+        port_text = self.url.rsplit(":", 1)[1]
+        self.port = int(port_text) if port_text.isdigit() else 0
         self._watched = psutil.Process(self.process.pid)
 
     def _wait(self) -> str:
         for _ in range(1200):
-            found = re.search(r"at (http://\S+)/v1$", self.log(), re.MULTILINE)
+            found = re.search(r"at (http\S+)/v1$", self.log(), re.MULTILINE)
             if found is not None:
                 return found[1]
             if self.process.poll() is not None:
