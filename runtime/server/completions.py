@@ -13,13 +13,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ziggurat.runtime.engine import Event, FinishEvent, GenerationRequest, TokenEvent
+from ziggurat.runtime.sampling import SamplingParams
 from ziggurat.runtime.server.chunks import CompletionChunks
 from ziggurat.runtime.server.errors import ApiError, api_error
 from ziggurat.runtime.server.generation import Generations, attended
 from ziggurat.runtime.server.parameters import choices_of, common_fields, sampling_of
 from ziggurat.runtime.server.record import record_of
 from ziggurat.runtime.server.results import completion_logprobs, timings_of, usage_of
-from ziggurat.runtime.server.schemas.completions import Completion, CompletionRequest
+from ziggurat.runtime.server.schemas.completions import MAX_PROMPTS, Completion, CompletionRequest
 from ziggurat.runtime.server.state import ServerState, State
 from ziggurat.runtime.server.streaming import EventSourceResponse, event_parts
 
@@ -37,7 +38,10 @@ async def completions(request: Request, body: CompletionRequest, state: State) -
     record.model = model
     _check(body)
     n, candidates = body.n or 1, body.best_of or body.n or 1
-    requests = [one for prompt in body.prompts() for one in choices_of(_request(state, body, prompt), candidates)]
+    # in a thread: to read a grammar takes a while
+    sampling = await asyncio.to_thread(sampling_of, body) if body.grammar else sampling_of(body)
+    prompts = (_request(state, body, prompt, sampling) for prompt in body.prompts())
+    requests = [one for prompt in prompts for one in choices_of(prompt, candidates)]
     generations = Generations(state.engine, requests, at_once=state.info.parallel, param="prompt", record=record)
     head: dict[str, Any] = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -88,6 +92,10 @@ class _Answer:
 def _check(body: CompletionRequest) -> None:
     if body.suffix:
         raise ApiError(400, "suffix is not supported: the text goes on where the prompt ends", param="suffix")
+    count = len(body.prompts()) * (body.best_of or body.n or 1)
+    if count > MAX_PROMPTS:
+        message = f"prompts and choices make {count} texts; at most {MAX_PROMPTS} are generated at a time"
+        raise ApiError(400, message, param="prompt", code="invalid_value")
     if body.echo and body.logprobs is not None:
         message = "logprobs of a prompt are not supported: give echo or logprobs, not both"
         raise ApiError(400, message, param="echo", code="invalid_value")
@@ -96,7 +104,9 @@ def _check(body: CompletionRequest) -> None:
         raise ApiError(400, message, param="best_of", code="invalid_value")
 
 
-def _request(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> GenerationRequest:
+def _request(
+    state: ServerState, body: CompletionRequest, prompt: str | list[int], sampling: SamplingParams
+) -> GenerationRequest:
     logprobs = body.logprobs
     if logprobs is None and (body.best_of or 1) > (body.n or 1):
         logprobs = 0  # they tell which are best
@@ -104,7 +114,7 @@ def _request(state: ServerState, body: CompletionRequest, prompt: str | list[int
         prompt=prompt if isinstance(prompt, str) else None,
         tokens=None if isinstance(prompt, str) else tuple(prompt),
         max_tokens=_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
-        sampling=sampling_of(body),
+        sampling=sampling,
         logprobs=logprobs,
         **common_fields(state, body),
     )

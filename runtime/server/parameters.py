@@ -70,7 +70,11 @@ def request_with(request: GenerationRequest, **changes: Any) -> GenerationReques
 
 
 def common_fields(state: ServerState, body: GenerationFields) -> dict[str, Any]:
-    """Return the fields of the engine's request that come from what all bodies have."""
+    """Return the fields of the engine's request that come from what all bodies have. Raises ApiError."""
+    unknown = [token for token in body.logit_bias or () if int(token) >= state.info.n_vocab]
+    if unknown:
+        message = f"logit_bias: token {unknown[0]} is not in the vocabulary (0 to {state.info.n_vocab - 1})"
+        raise ApiError(400, message, param="logit_bias", code="invalid_value")
     return {
         "stop": body.stop_texts(),
         "conversation": body.conversation,

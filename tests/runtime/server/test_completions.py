@@ -105,6 +105,9 @@ def test_echo(api: Api) -> None:
         ({"logprobs": True}, "logprobs", "integer"),
         ({"max_tokens": 0}, "max_tokens", "greater than"),
         ({"best_of": 0}, "best_of", "greater than"),
+        ({"prompt": ["a"] * 2049}, "prompt", "up to 2048"),
+        ({"prompt": ["a"] * 17, "n": 128}, "prompt", "2176 texts"),
+        ({"grammar": "x"}, "grammar", "grammar"),
     ],
 )
 def test_what_is_refused(api: Api, fields: dict[str, Any], param: str | None, told: str) -> None:

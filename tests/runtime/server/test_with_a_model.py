@@ -101,7 +101,7 @@ def test_biases_and_stops(api: Api, engine: LlamaEngine) -> None:
     assert answer["choices"][0]["message"]["content"] == ""
     assert answer["choices"][0]["finish_reason"] == "stop"
     error = api.refused(TEXT, {"prompt": "a", "logit_bias": {"100000": 1}})
-    assert error["type"] == "invalid_request_error" and "100000" in error["message"]
+    assert error["param"] == "logit_bias" and "100000" in error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
