@@ -46,6 +46,10 @@ class Generations:
         return self
 
     def __exit__(self, *_exc: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End everything; no more events are wanted."""
         for stream in self._streams.values():
             stream.cancel()
         self._streams.clear()
@@ -57,7 +61,14 @@ class Generations:
             self._streams[place].cancel()
 
     async def start(self) -> None:
-        """Hand the first requests to the engine. Raises ApiError when it does not take them."""
+        """Hand the first requests to the engine. Raises ApiError when it does not take them; then none runs."""
+        try:
+            await self._start()
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def _start(self) -> None:
         while self._next < len(self._requests) and len(self._streams) < self._at_once:
             request = self._requests[self._next]
             try:

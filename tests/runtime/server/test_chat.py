@@ -137,20 +137,18 @@ def test_top_p_0_takes_the_likeliest(engine: FakeEngine) -> None:
 
 
 def test_messages(engine: FakeEngine) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "developer", "content": "d"},
         {"role": "system", "content": ""},
         {"role": "user", "content": parts, "name": "Ann"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "content": "r", "tool_call_id": "c1"},
+        {"role": "assistant", "content": None, "refusal": "no"},
     ]
     Api(engine).good(PATH, {"messages": messages})
     got = engine.requests[-1].messages
     assert got is not None
     assert [(message.role, message.content) for message in got] == [
-        ("system", "d"), ("system", ""), ("user", "ab"), ("assistant", ""), ("tool", "r"),
+        ("system", "d"), ("system", ""), ("user", "ab"), ("assistant", "no"),
     ]  # fmt: skip
     assert got[2] == Message("user", "ab", {"name": "Ann"})
 

@@ -92,9 +92,12 @@ def test_a_client_that_leaves_before_the_first_token(path: str, stream: bool) ->
 
 @WAYS
 def test_a_client_that_leaves_while_its_prompt_is_tokenized(path: str, stream: bool) -> None:
+    entered, left = threading.Event(), threading.Event()
+
     class Slow(FakeEngine):
         def stream(self, request: GenerationRequest) -> Any:
-            time.sleep(0.1)
+            entered.set()
+            left.wait(10)
             return super().stream(request)
 
     engine = Slow(endless, delay=0.001)
@@ -102,8 +105,11 @@ def test_a_client_that_leaves_while_its_prompt_is_tokenized(path: str, stream: b
 
     async def run() -> None:
         request = exchange(path, stream=stream)
-        request.leave()
         task = asyncio.ensure_future(request.run(app))
+        await until(entered.is_set)
+        request.leave()
+        await asyncio.sleep(0.05)
+        left.set()
         await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 10)
         await until(lambda: engine.requests and idle(engine))
 
