@@ -39,8 +39,10 @@ async def chat_completions(request: Request, body: ChatRequest, state: State) ->
     record = record_of(request.scope)
     record.model = model
     n = body.n or 1
-    # in a thread: to make grammars of schemas takes a while
-    asked, use = await asyncio.to_thread(_request, state, body)
+    if body.tools or body.response_format:  # in a thread: to make grammars of schemas takes a while
+        asked, use = await asyncio.to_thread(_request, state, body)
+    else:
+        asked, use = _request(state, body)
     generations = Generations(
         state.engine, choices_of(asked, n), at_once=state.info.parallel, param="messages", record=record
     )

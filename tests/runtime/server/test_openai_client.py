@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import importlib.util
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI
@@ -20,6 +21,9 @@ from helpers.fake_engine import INFO, FakeEngine
 from ziggurat.runtime.engine import Engine
 from ziggurat.runtime.engine.llama_engine import EngineSettings, LlamaEngine
 from ziggurat.runtime.server.app import create_app
+
+# what the client is made with: versions from 3 on need httpx2
+httpx: Any = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
 
 Result = TypeVar("Result")
 
@@ -37,8 +41,8 @@ QUESTION: Any = [{"role": "user", "content": "Rain?"}]
 
 def ask(engine: Engine, work: Callable[[AsyncOpenAI], Awaitable[Result]]) -> Result:
     async def run() -> Result:
-        transport = httpx2.ASGITransport(create_app(engine))
-        async with httpx2.AsyncClient(transport=transport) as http:
+        transport = httpx.ASGITransport(create_app(engine))
+        async with httpx.AsyncClient(transport=transport) as http:
             client = AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http, max_retries=0)
             return await work(client)
 
