@@ -41,16 +41,22 @@ _TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 @functools.lru_cache(maxsize=32)
 def schema_grammar(text: str) -> str:
     """Return the grammar (GBNF) of a JSON schema. Raises InvalidRequestError naming what is wrong or unsupported."""
-    schema = _parse(text)
-    try:
-        grammar = _Writer(schema).grammar()
-    except RecursionError:
-        raise InvalidRequestError("the JSON schema makes no usable grammar: it is too complex") from None
+    grammar = schema_rules(text)
     try:
         read_grammar(grammar)
     except InvalidRequestError as error:  # endless, or too large or ambiguous
         raise InvalidRequestError(f"the JSON schema makes no usable grammar: {error}") from None
     return grammar
+
+
+@functools.lru_cache(maxsize=256)
+def schema_rules(text: str) -> str:
+    """Return the same to be part of a larger grammar, which is then to be read as a whole: that takes far longer."""
+    schema = _parse(text)
+    try:
+        return _Writer(schema).grammar()
+    except RecursionError:
+        raise InvalidRequestError("the JSON schema makes no usable grammar: it is too complex") from None
 
 
 def _parse(text: str) -> Any:

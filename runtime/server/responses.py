@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ziggurat.runtime.engine import Event as EngineEvent
 from ziggurat.runtime.engine import FinishEvent, GenerationRequest, GenerationStats
@@ -41,7 +41,8 @@ async def responses(request: Request, body: ResponsesRequest, state: State) -> R
     generations = Generations(state.engine, [asked], param="input", record=record)
     making = _Making(_head(body, asked, model), Answer(use.parser(eager=bool(body.stream))), generations)
     if not body.stream:
-        return JSONResponse(await attended(request, _whole(making)))
+        text = json.dumps(await attended(request, _whole(making)), separators=(",", ":"))
+        return Response(text, media_type="application/json")
     await generations.start()
     return EventSourceResponse(_parts(making), ping=state.settings.ping)
 

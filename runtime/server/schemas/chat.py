@@ -16,9 +16,11 @@ from ziggurat.runtime.server.schemas.common import (
     Usage,
 )
 from ziggurat.runtime.server.schemas.tools import (
+    MAX_TOOLS,
     ChatTool,
     ChatToolChoice,
     MadeToolCall,
+    OlderTools,
     ResponseFormat,
     ToolCall,
     ToolCallDelta,
@@ -58,11 +60,13 @@ class ChatRequest(GenerationFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = Field(default=None, ge=1, description="Default: until the model ends.")
     max_tokens: int | None = Field(default=None, ge=1, description="The older name of max_completion_tokens.")
-    tools: list[ChatTool] | None = None
+    tools: Annotated[list[ChatTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ChatToolChoice | None = Field(
         default=None, description="Default: auto with tools. Named or required calls fit their functions' schemas."
     )
     parallel_tool_calls: bool | None = Field(default=None, description="false: at most one call. Default: true.")
+    functions: OlderTools = Field(default=None, description="Refused: give tools.")
+    function_call: OlderTools = Field(default=None, description="Refused: give tool_choice.")
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)

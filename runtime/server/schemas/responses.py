@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from ziggurat.runtime.server.schemas.common import AnswerModel, RequestModel, SamplingFields
 from ziggurat.runtime.server.schemas.tools import (
+    MAX_TOOLS,
     FunctionFields,
     FunctionType,
     JSONObjectFormat,
@@ -160,7 +161,7 @@ class ResponsesRequest(SamplingFields):
     input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, description="Default: until the model ends.")
-    tools: list[ResponseTool] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="false: at most one call. Default: true.")
     text: TextFields | None = None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from ziggurat.runtime.server.schemas.common import AnswerModel, RequestModel
+
+#: Tools of one request, at most.
+MAX_TOOLS = 128
+_MAX_DEPTH = 100
 
 
 def function_only(kind: Any) -> Any:
@@ -19,6 +23,22 @@ def function_only(kind: Any) -> Any:
     return kind
 
 
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what is nested deeper than anything that walks through it likes."""
+    level: list[Any] = [schema]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return schema
+    raise PydanticCustomError("too_deep", "is nested more than {most} deep", {"most": _MAX_DEPTH})
+
+
+JSONSchema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 FunctionType = Annotated[Literal["function"], BeforeValidator(function_only)]
 
 
@@ -27,7 +47,7 @@ class FunctionFields(RequestModel):
 
     name: str
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(
+    parameters: JSONSchema | None = Field(
         default=None, description="The JSON schema of its arguments, an object's. Default: no arguments."
     )
     strict: bool | None = Field(default=None, description="Refuses schemas that no grammar can be made of.")
@@ -67,6 +87,14 @@ class AllowedChoice(RequestModel):
     allowed_tools: AllowedTools
 
 
+def _not_any_more(value: Any) -> Any:
+    if value is not None:
+        raise PydanticCustomError("unsupported", "is not supported any more: give tools and tool_choice")
+    return value
+
+
+#: What tools were before they were tools. To ignore it would be to call nothing.
+OlderTools = Annotated[Any, BeforeValidator(_not_any_more)]
 ChatToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedChoice
 
 
@@ -133,7 +161,7 @@ class SchemaFields(RequestModel):
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(
+    schema_: JSONSchema | None = Field(
         default=None, alias="schema", description="What answers fit. Default: any JSON object."
     )
     strict: bool | None = Field(default=None, description="No difference: answers always fit the schema.")

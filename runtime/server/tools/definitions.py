@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ziggurat.runtime.errors import InvalidRequestError
-from ziggurat.runtime.json_schema import schema_grammar
+from ziggurat.runtime.json_schema import schema_rules
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-_MAX_FUNCTIONS = 128
 _WITHOUT_TYPE = ("$ref", "anyOf", "oneOf", "allOf")
 
 Mode = Literal["none", "auto", "required"]
@@ -50,9 +49,9 @@ class Function:
         return {"type": "object", **self.parameters}
 
     def grammar(self) -> str:
-        """Return the grammar of its arguments. Raises InvalidRequestError where the schema makes none."""
+        """Return the rules of its arguments (``json_schema.schema_rules``). Raises InvalidRequestError for none."""
         try:
-            return schema_grammar(json.dumps(self.schema()))
+            return schema_rules(json.dumps(self.schema()))
         except InvalidRequestError as error:
             raise InvalidRequestError(f"the parameters of {self.name}: {error}") from None
 
@@ -78,8 +77,6 @@ class Tools:
     by_name: dict[str, Function] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.functions) > _MAX_FUNCTIONS:
-            raise InvalidRequestError(f"there are {len(self.functions)} tools; at most {_MAX_FUNCTIONS} are taken")
         by_name: dict[str, Function] = {}
         for function in self.functions:
             if by_name.setdefault(function.name, function) is not function:

@@ -50,14 +50,19 @@ class ToolCallParser:
         self._ended = False
         self._character = ""
         self._held: list[str] = []  # of what may be a call: all that was taken and not given out
+        self._first = {marker[0] for marker in self._markers}
+        self._plain = self._said = False  # text, of which none is held; and some came since the last call
         self._steps = self._run()
         next(self._steps)
 
     def feed(self, text: str) -> list[Delta]:
         """Add more of the text and return what became certain."""
+        if not text:
+            return []
+        if self._plain and text[-1] not in _BLANKS and self._first.isdisjoint(text):  # as nearly all of it is
+            return [TextDelta(text)]
         self._input.extend(text)
-        if text:
-            next(self._steps)
+        next(self._steps)
         return self._take_out()
 
     def finish(self) -> list[Delta]:
@@ -112,12 +117,14 @@ class ToolCallParser:
 
         Blanks are held until something follows: those between a text and a call are of neither.
         """
-        held, said = "", not self.n_calls
+        held = ""
+        self._said = not self.n_calls
         while True:
+            self._plain = self._said and not held
             yield from self._next()
             character = self._character
             if not character:
-                self._say(held if held.strip(_BLANKS) or said else "")
+                self._say(held if held.strip(_BLANKS) or self._said else "")
                 return ""
             held += character
             for marker in self._markers:
@@ -131,7 +138,7 @@ class ToolCallParser:
             keep = len(held) - _beginning_of_marker(held, self._markers)
             keep = len(held[:keep].rstrip(_BLANKS))
             self._say(held[:keep])
-            said = said or keep > 0
+            self._said = self._said or keep > 0
             held = held[keep:]
 
     def _say(self, text: str) -> None:
@@ -145,6 +152,7 @@ class ToolCallParser:
 
     def _block(self, marker: str) -> _Steps:
         """Read the calls after a marker (with the blanks before it), or where an answer begins."""
+        self._plain = False
         self._held = list(marker)
         try:
             yield from self._open()

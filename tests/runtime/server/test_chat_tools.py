@@ -220,6 +220,13 @@ def schema_format(**fields: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": fields}}
 
 
+def deep() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(60):
+        found = {"items": [found]}
+    return found
+
+
 ODD = {"type": "object", "properties": {"a": {"not": {}}}}
 
 
@@ -237,6 +244,10 @@ ODD = {"type": "object", "properties": {"a": {"not": {}}}}
         ({"tool_choice": "any"}, "tool_choice", "'none', 'auto' or 'required'"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "there is none of this name"),
         ({"tool_choice": "required", "grammar": 'root ::= "a"'}, "grammar", "a tool that must be called"),
+        ({"tools": [TIME] * 129}, "tools", "at most 128"),
+        ({"tools": [function(parameters=deep())]}, "tools[0].function.parameters", "nested more than 100 deep"),
+        ({"functions": [{"name": "f"}]}, "functions", "give tools"),
+        ({"function_call": "auto"}, "function_call", "give tools"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "boolean"),
         ({"response_format": {"type": "xml"}}, "response_format", "xml"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),

@@ -21,6 +21,7 @@ WEATHER = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string", "default": None}}},
 }
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ur"}}\n</tool_call>'
+JSON = {"Content-Type": "application/json"}
 IMAGE = {"type": "input_image", "image_url": "data:"}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
@@ -233,6 +234,13 @@ def test_what_is_refused(fields: dict[str, Any], param: str, message: str) -> No
     assert error["param"] == param and answer.status_code in (400, 404), error
     assert message in error["message"]
     assert server.engine.requests == []
+
+
+def test_what_is_no_text_is_told_as_it_came() -> None:
+    parameters = {"type": "object", "description": "\ud800"}
+    body = {"input": "a", "tools": [{**WEATHER, "parameters": parameters}], "tool_choice": "none"}
+    answer = Server().client.post("/v1/responses", content=json.dumps(body), headers=JSON)
+    assert answer.json()["tools"][0]["parameters"] == parameters
 
 
 def test_models_without_a_template() -> None:

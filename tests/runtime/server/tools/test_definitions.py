@@ -55,7 +55,6 @@ def test_what_is_offered(arguments: tuple[Any, ...], offered: tuple[Function, ..
     ("arguments", "message"),
     [
         (((F, Function("f")),), "two tools have the name f"),
-        ((tuple(Function(f"f{number}") for number in range(129)),), "129 tools; at most 128"),
         (((), "required"), "there are no tools"),
         (((F,), "required", ("h",)), "the tool 'h' is to be called, and there is none of this name"),
         (((F,), "auto", ()), "no tool is allowed"),
