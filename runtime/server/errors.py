@@ -63,6 +63,8 @@ def api_error(error: BaseException, param: str | None = None) -> ApiError:
     """Return how an exception is told; ``param`` is the field that the engine's complaints are about."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, UnicodeEncodeError):  # JSON can write what no text can hold
+        return ApiError(400, "a text has half of a surrogate pair, which is no character", code="invalid_value")
     if not isinstance(error, ZigguratError):
         _logger.error("a request failed", exc_info=error)
         return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
@@ -105,6 +107,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(ZigguratError, ours)
+    app.add_exception_handler(UnicodeEncodeError, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(Exception, ours)

@@ -83,7 +83,7 @@ def malformed(server: ServerProcess, options: argparse.Namespace) -> Figures:
             counts[answer.status_code] += 1
             streamed = answer.headers["content-type"].startswith("text/event-stream")
             if answer.status_code >= 500 or (answer.status_code >= 400 and not is_error(answer)):
-                bad.append(f"{answer.status_code} {path} {data[:300]!r}: {answer.text[:300]}")
+                bad.append(f"{answer.status_code} {path} {data[:3000]!r}: {answer.text[:300]}")
             elif streamed and '"code":"internal_error"' in answer.text.replace(" ", ""):
                 bad.append(f"in a stream: {path} {data[:300]!r}: {answer.text[-300:]}")
 
@@ -348,7 +348,8 @@ def main() -> int:
                     found[name]["tracebacks"] = server.log().count('"traceback"')
                     found[name]["ok"] &= not found[name]["tracebacks"]
                     if not found[name]["ok"]:
-                        print(server.log()[-6000:], file=sys.stderr)
+                        lines = [line for line in server.log().splitlines() if '"traceback"' in line]
+                        print("\n".join(lines[:5]), file=sys.stderr)
             found[name]["part_s"] = round(time.perf_counter() - started, 1)
             print(name, json.dumps(found[name]), flush=True)
     found["ok"] = all(each["ok"] for each in found.values())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -163,3 +164,22 @@ def test_bodies_and_types_are_checked_before_anything(engine: FakeEngine) -> Non
     client = Client(engine, max_body=1024)
     assert client("POST", "/tokenize", json={"content": "x" * 2000}).status_code == 413
     assert client("POST", "/tokenize", data={"content": "x"}).status_code == 415
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "\ud800", "text": "x"}]}]},
+        {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "\ud800", "function": {"name": "f"}}]},
+        {"messages": [{"role": "user", "content": "x"}], "model": "\ud800"},
+        {"messages": [{"role": "user", "content": "x"}], "logit_bias": {"\ud800": 1}},
+        {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "\ud800": {}}]},
+        {"messages": [{"role": "\ud800", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "\ud800"}},
+        {"messages": [{"role": "user", "content": "x"}], "tool_choice": "\ud800"},
+    ],
+)
+def test_halves_of_characters_are_refused_wherever_they_stand(client: Client, body: Any) -> None:
+    content = json.dumps(body).encode()
+    got = client("POST", "/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+    assert got.status_code in (400, 404) and got.json()["error"]["message"]
