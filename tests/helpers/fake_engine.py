@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +28,7 @@ from ziggurat.runtime.errors import (
     EngineClosedError,
     EngineError,
     InvalidRequestError,
+    StateFileError,
     TokenError,
 )
 
@@ -139,6 +141,18 @@ class FakeEngine:
         if conversation not in self.conversations:
             raise ConversationError(f"the engine holds no conversation {conversation!r}")
         return self.conversations[conversation]
+
+    def encode(self, request: GenerationRequest) -> list[int]:
+        if request.tokens is not None:
+            return list(request.tokens)
+        texts = [message.content for message in request.messages or ()] if request.prompt is None else [request.prompt]
+        return [token for text in texts for token in self.tokenize(text)]
+
+    def save(self, conversation: str, path: str | os.PathLike[str]) -> int:
+        raise ConversationError(f"there is no conversation {conversation!r} to be saved to {os.fspath(path)}")
+
+    def restore(self, conversation: str, path: str | os.PathLike[str]) -> int:
+        raise StateFileError(f"{os.fspath(path)}: is of no conversation {conversation!r}")
 
     def stats(self) -> EngineStats:
         with self._lock:

@@ -196,7 +196,7 @@ class Run:
         for outcome in self.outcomes.values():
             while outcome.ended is None and not outcome.refused:
                 try:
-                    event = outcome.job.channel.take(wait=False)
+                    events = outcome.job.channel.take_ready(lambda: None)
                 except StopIteration:
                     assert outcome.finish is not None, "an end without its event"
                     outcome.ended = self.ticks
@@ -205,15 +205,16 @@ class Run:
                     assert outcome.finish is None, "an error after the last event"
                     outcome.error, outcome.ended = error, self.ticks
                     break
-                if event is None:
+                if not events:
                     break
-                assert outcome.finish is None, "something follows the last event"
-                outcome.text += event.text
-                if isinstance(event, TokenEvent):
-                    outcome.tokens.append(event.token)
-                    outcome.times.append(self.clock())
-                else:
-                    outcome.finish = event
+                for event in events:
+                    assert outcome.finish is None, "something follows the last event"
+                    outcome.text += event.text
+                    if isinstance(event, TokenEvent):
+                        outcome.tokens.append(event.token)
+                        outcome.times.append(self.clock())
+                    else:
+                        outcome.finish = event
 
     # what has to hold
 
