@@ -14,8 +14,8 @@ from ziggurat.runtime.engine.rates import Rate
 from ziggurat.runtime.engine.slots import Slots
 from ziggurat.runtime.errors import DecodeAborted
 
-# tokens that are read at once at least: fewer take nearly as long
-_LEAST_CHUNK = 32
+# tokens that are read at once at least: of fewer attention takes as long on a CPU (llama.cpp tiles it from 64 on)
+_LEAST_CHUNK = 64
 
 
 class Reading:
