@@ -90,6 +90,7 @@ async def slots(state: State) -> Any:
                 "state": slot.state,
                 "tokens": slot.tokens,
                 "rows": slot.rows,
+                "kv_bytes": slot.kv_bytes,
                 "conversation": slot.conversation,
                 "prompt_progress": slot.prompt_progress,
             }

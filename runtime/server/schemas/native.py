@@ -41,12 +41,13 @@ class Props(AnswerModel):
 
 
 class Slot(AnswerModel):
-    """One sequence of the context: ``tokens`` it has seen, ``rows`` it holds over the layers, per KV head."""
+    """One sequence: ``tokens`` it has seen, ``rows`` it holds over the layers, per KV head, and about what they take."""
 
     id: int
     state: Literal["idle", "reading", "decoding"]
     tokens: int
     rows: int
+    kv_bytes: int
     conversation: str | None
     prompt_progress: float | None
 
