@@ -41,7 +41,7 @@ class Props(AnswerModel):
 
 
 class Slot(AnswerModel):
-    """One sequence: ``tokens`` it has seen, ``rows`` it holds over the layers, per KV head, and about what they take."""
+    """One sequence: ``tokens`` it has seen, ``rows`` it holds over the layers, per KV head, and their size."""
 
     id: int
     state: Literal["idle", "reading", "decoding"]
