@@ -121,5 +121,7 @@ class _EngineCollector(Collector):
         for state in _SLOT_STATES:
             slots.add_metric([state], sum(slot.state == state for slot in stats.slots))
         yield slots
+        held = sum(slot.kv_bytes for slot in stats.slots)
+        yield GaugeMetricFamily("ziggurat_kv_bytes_held", "Size of the KV rows that slots hold.", value=held)
         rows = sum(slot.rows for slot in stats.slots)
         yield GaugeMetricFamily("ziggurat_kv_rows", "KV rows held, over slots and layers, per KV head.", value=rows)

@@ -63,7 +63,7 @@ async def props(state: State) -> Any:
         "kv_unsupported": info.kv_unsupported,
         "generates_text": info.generates_text,
         "embedding_size": info.embedding_size,
-        "has_chat_template": info.has_chat_template,
+        "chat_template": info.chat_template,
     }
 
 
@@ -81,6 +81,7 @@ async def slots(state: State) -> Any:
             "bytes": stats.kv_bytes,
             "bytes_allocated": stats.kv_bytes_allocated,
             "bytes_planned": stats.kv_bytes_planned,
+            "bytes_held": sum(slot.kv_bytes for slot in stats.slots),
             "rows": sum(slot.rows for slot in stats.slots),
             "evicted_rows": stats.evicted_rows,
         },

@@ -37,11 +37,14 @@ class Props(AnswerModel):
     kv_unsupported: str | None
     generates_text: bool
     embedding_size: int | None
-    has_chat_template: bool
+    chat_template: str | None
 
 
 class Slot(AnswerModel):
-    """One sequence: ``tokens`` it has seen, ``rows`` it holds over the layers, per KV head, and their size."""
+    """One sequence of the context: ``tokens`` it has seen, ``rows`` it holds over the layers, per KV head.
+
+    ``kv_bytes`` is the size of those rows.
+    """
 
     id: int
     state: Literal["idle", "reading", "decoding"]
@@ -53,11 +56,15 @@ class Slot(AnswerModel):
 
 
 class KVUse(AnswerModel):
-    """Sizes of the KV cache: after prompts, with what reading them takes, and as planned; ``rows`` that are held."""
+    """Sizes of the KV cache: after prompts, with what reading them takes, and as planned.
+
+    ``bytes_held`` and ``rows`` are those of the rows that slots hold now.
+    """
 
     bytes: int
     bytes_allocated: int
     bytes_planned: int
+    bytes_held: int
     rows: int
     evicted_rows: int
 

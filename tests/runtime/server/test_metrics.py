@@ -29,7 +29,11 @@ STATS = EngineStats(
     queue_limit=47,
     prefill_tokens_per_second=53.5,
     decode_tokens_per_second=59.5,
-    slots=(SlotStats("idle", 4, 8), SlotStats("decoding", 9, 16), SlotStats("decoding", 9, 1)),
+    slots=(
+        SlotStats("idle", 4, 8, kv_bytes=61),
+        SlotStats("decoding", 9, 16, kv_bytes=6),
+        SlotStats("decoding", 9, 1),
+    ),
 )
 
 
@@ -74,13 +78,16 @@ def test_the_engines_figures_are_of_the_scrape() -> None:
         "prefill_tokens_per_second": 53.5,
         "decode_tokens_per_second": 59.5,
         "kv_rows": 25,
+        "kv_bytes_held": 67,
         "slotsidle": 1,
         "slotsdecoding": 2,
         "slotsreading": 0,
     }
     assert {name: got.get(f"ziggurat_{name}") for name in expected} == expected
     # every counter of the engine is told, but for what only one prompt has
-    assert len(fields(EngineStats)) - 2 == sum(not n.startswith(("slots", "kv_rows")) for n in expected)
+    assert len(fields(EngineStats)) - 2 == sum(
+        not n.startswith(("slots", "kv_rows", "kv_bytes_held")) for n in expected
+    )
 
 
 def test_two_servers_do_not_share_a_registry() -> None:
