@@ -43,7 +43,7 @@ from server_process import ServerProcess, tiny_chat_model
 MIB = 2**20
 OPTIONS = (
     "--alias", "tiny", "--ctx", 512, "--threads", 1, "--parallel", 4, "--embeddings", "--pooling", "mean",
-    "--request-timeout", 60, "--grace", 30, "--max-requests", 512,
+    "--request-timeout", 600, "--grace", 30, "--max-requests", 512,
 )  # fmt: skip
 # all but those that take every refusal of a value for a fault: schemas cannot tell which tokens a vocabulary has
 CHECKS = ",".join((
@@ -283,7 +283,7 @@ def schemathesis(server: ServerProcess, options: argparse.Namespace) -> Figures:
     command = [
         sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run",
         f"{server.url}/openapi.json", "--checks", CHECKS, "--seed", options.seed, "--max-examples",
-        options.examples, "--workers", 2, "--request-timeout", 60, "--phases", "examples,coverage,fuzzing",
+        options.examples, "--workers", 2, "--request-timeout", 600, "--phases", "examples,coverage,fuzzing",
         "--no-color", "--exclude-path", "/metrics", "--continue-on-failure", "--report-dir", options.work,
     ]  # fmt: skip
     done = subprocess.run(
