@@ -45,7 +45,7 @@ def _plan(setup: ModelSetup, parallel: int, freed: int) -> Planned:
 
 
 def _planned(plans: list[MemoryPlan], machine: Machine) -> Planned:
-    """Return the first plan. Whether the library uses a GPU that is there is not known: both have to be short of memory.
+    """Return the first plan. Whether the library uses a GPU that is there is not known: both have to lack memory.
 
     Weights are mapped: that they are read again and again is slow, but no reason to refuse.
     """

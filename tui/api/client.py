@@ -145,7 +145,7 @@ class HttpBackend:
         await self.stop()
         await self._server.close()
 
-    async def wait_until_ready(self) -> bool:
+    async def ready(self) -> bool:
         """Ask whether the server takes requests now. Raises BackendError, but not while it loads (False)."""
         try:
             await self._server.get("/health")

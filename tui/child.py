@@ -1,0 +1,55 @@
+"""``python -m ziggurat.tui.child serve …``: the server that a chat starts, which ends when the chat does.
+
+The chat holds the other end of standard input and never writes to it. When that end closes, because the chat has
+closed it or died in whatever way, the process is told to end, and ends at the latest a few seconds after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+
+_LEASH_FD = 0
+_GRACE_S = 5.0
+
+
+def _hold(fd: int) -> None:
+    """Wait for the end of a pipe, and end the process with it."""
+    try:
+        while os.read(fd, 1024):
+            pass
+    except OSError:
+        pass
+    timer = threading.Timer(_GRACE_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    """Run the ``ziggurat`` command on a leash."""
+    leash = os.dup(_LEASH_FD)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, _LEASH_FD)
+    os.close(nothing)
+    threading.Thread(target=_hold, args=(leash,), daemon=True, name="leash").start()
+    from ziggurat.runtime.cli import main as ziggurat
+
+    try:
+        ziggurat(sys.argv[1:])
+    finally:
+        _remove_folder(sys.argv)
+
+
+def _remove_folder(arguments: list[str]) -> None:
+    """Remove the empty folder that was made for the socket, which nobody else may be left to do."""
+    if "--unix-socket" in arguments:
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(arguments[arguments.index("--unix-socket") + 1]))
+
+
+if __name__ == "__main__":
+    main()
