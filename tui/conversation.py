@@ -27,6 +27,14 @@ class Attachment:
     text: str
     tokens: int | None = None
 
+    def fenced(self) -> str:
+        """Return the text in a fence that is longer than any in it."""
+        fence = "```"
+        while fence in self.text:
+            fence += "`"
+        end = "" if self.text.endswith("\n") else "\n"
+        return f"{fence}\n{self.text}{end}{fence}"
+
 
 @dataclass(frozen=True)
 class Message:
@@ -51,17 +59,8 @@ class Message:
 
     def content(self) -> str:
         """Return the text with its attachments, as the model reads it."""
-        parts = [_fenced(attachment) for attachment in self.attachments]
+        parts = [f"{attachment.name}:\n{attachment.fenced()}" for attachment in self.attachments]
         return "\n\n".join([*parts, self.text] if self.text else parts)
-
-
-def _fenced(attachment: Attachment) -> str:
-    """Return a file in a fence that is longer than any in it."""
-    fence = "```"
-    while fence in attachment.text:
-        fence += "`"
-    end = "" if attachment.text.endswith("\n") else "\n"
-    return f"{attachment.name}:\n{fence}\n{attachment.text}{end}{fence}"
 
 
 @dataclass

@@ -177,6 +177,7 @@ class LocalHost:
     def __init__(self, folders: Sequence[Path], log: Path, *, command: Sequence[str] = COMMAND) -> None:
         self.folders, self.log = tuple(folders), log
         self._command = command
+        self._one = asyncio.Lock()
         self._backend: LocalBackend | None = None
         self._setup: ModelSetup | None = None
 
@@ -186,15 +187,16 @@ class LocalHost:
 
     async def load(self, setup: ModelSetup, tell: Callable[[Loading], None]) -> LocalBackend:
         """End what runs and start this instead; see ``Host``."""
-        tell(Loading(f"planning {setup.path.name}"))
-        planned = await self.plan(setup)
-        if planned.shortage is not None:
-            raise BackendError(f"{setup.path.name} {planned.shortage}", kind="refused")
-        await self.close()
-        backend = self._backend = LocalBackend(setup, planned, self.log, self._command)
-        self._setup = setup
-        await backend.start(tell)
-        return backend
+        async with self._one:
+            tell(Loading(f"planning {setup.path.name}"))
+            planned = await self.plan(setup)
+            if planned.shortage is not None:
+                raise BackendError(f"{setup.path.name} {planned.shortage}", kind="refused")
+            await self.close()
+            backend = self._backend = LocalBackend(setup, planned, self.log, self._command)
+            self._setup = setup
+            await backend.start(tell)
+            return backend
 
     async def models(self) -> tuple[ModelFile, ...]:
         """List the models of the folders; see ``Host``."""
