@@ -65,17 +65,19 @@ class FiguresKeeper:
         self._running = False
         self._usage: Usage | None = None
         self._timings: Timings | None = None
-        self._tokens = 0
+        self._tokens, self._rate = 0, 0.0
 
     def start(self) -> None:
         """Begin with a request."""
         self._sent, self._running = self._clock(), True
-        self._progress, self._first, self._tokens = None, None, 0
+        self._progress, self._first, self._tokens, self._rate = None, None, 0, 0.0
+        self._timings = None
+        self._meter.start()
 
     def forget(self) -> None:
         """Begin with a conversation of which nothing is known."""
         self._usage = self._timings = self._progress = self._first = None
-        self._tokens, self._running = 0, False
+        self._tokens, self._running, self._rate = 0, False, 0.0
         self._meter.start()
 
     def take(self, event: ChatEvent) -> None:
@@ -89,11 +91,17 @@ class FiguresKeeper:
             self._meter.count(event.tokens)
             self._tokens += event.tokens
         elif isinstance(event, Done):
-            self._running = False
+            self.end()
             self._usage = event.usage or self._usage
             self._timings = event.timings
             if event.usage is not None:
                 self._tokens = event.usage.generated_tokens
+
+    def end(self) -> None:
+        """Take it that the request is over, however it ended."""
+        if self._running:
+            self._running = False
+            self._rate = self._meter.mean()
 
     def now(self) -> Figures:
         """Return what is known."""
@@ -102,7 +110,7 @@ class FiguresKeeper:
         used = usage.prompt_tokens + usage.generated_tokens if usage is not None else 0
         if self._running:
             used += self._tokens  # of the prompt that runs only what is known from the turn before
-        rate = self._meter.rate() if self._running else timings.decode_tokens_per_second if timings else 0.0
+        rate = self._meter.rate() if self._running else timings.decode_tokens_per_second if timings else self._rate
         first = self._first
         if timings is not None and not self._running:
             first = timings.time_to_first_token_s

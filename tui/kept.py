@@ -51,7 +51,7 @@ class Kept:
         held = _held(self.layers[layer].heads, edges)
         heads = max(len(self.layers[layer].heads), 1)
         sizes = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
-        return tuple(count / (size * heads) for count, size in zip(held, sizes, strict=True))
+        return tuple(count / max(size * heads, 1) for count, size in zip(held, sizes, strict=True))
 
     def stretch(self, column: int, columns: int) -> tuple[int, ...]:
         """Return the tokens that one column of ``strip`` stands for."""

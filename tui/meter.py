@@ -9,6 +9,8 @@ from collections.abc import Callable
 _BIN_S = 0.25
 _BINS = 40
 _WINDOW_BINS = 4
+# a time too short to tell a rate of
+_SHORT_S = 0.05
 
 
 class Meter:
@@ -38,7 +40,12 @@ class Meter:
         now = self._clock()
         counted = list(self._bins)[-_WINDOW_BINS:]
         seconds = min((len(counted) - 1) * _BIN_S + now - self._opened, now - self._started)
-        return sum(counted) / seconds if seconds > 0.05 else 0.0
+        return sum(counted) / seconds if seconds > _SHORT_S else 0.0
+
+    def mean(self) -> float:
+        """Return tokens per second since the start."""
+        seconds = self._clock() - self._started
+        return self.tokens / seconds if seconds > _SHORT_S else 0.0
 
     def history(self) -> tuple[float, ...]:
         """Return tokens per second of the last ten seconds by whole bins, oldest first."""

@@ -257,6 +257,7 @@ class Session:
 
     def _end(self, answer: RunningAnswer) -> None:
         message = answer.finished()
+        self._figures.end()
         if message.text or message.thought or message.ending in ("stop", "length"):
             self.conversation.replace(message)
             with self._recording() as recorder:

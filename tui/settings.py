@@ -216,11 +216,11 @@ def write_commented(path: Path) -> bool:
 
     Raises InvalidRequestError.
     """
+    if path.exists():
+        return False
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # it may hold a key
-    except FileExistsError:
-        return False
     except OSError as error:
         raise InvalidRequestError(f"{path}: cannot be written ({error.strerror or error})") from None
     with open(handle, "w", encoding="utf-8") as file:
