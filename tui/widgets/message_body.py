@@ -15,6 +15,7 @@ from ziggurat.tui.widgets.markdown_lines import LineRenderer, Palette, printable
 from ziggurat.tui.widgets.tail import TailLines
 
 if TYPE_CHECKING:
+    from rich.style import Style
     from textual.geometry import Size
     from textual.selection import Selection
 
@@ -54,6 +55,9 @@ class MessageBody(Widget):
         self._height = 0
         self._renderer: LineRenderer | None = None
         self._tail = TailLines(80)
+        self._drawn: dict[int, Strip] = {}  # finished lines as they go to the screen
+        self._stable = 0  # blocks that are where they were when the lines were last placed
+        self._style: Style | None = None
         self._finished = False
         self.flushes = 0
         if text:
@@ -149,6 +153,7 @@ class MessageBody(Widget):
         if source.count("\n") >= WHOLE_CODE_LINES:
             return last
         del self._lines[len(self._lines) - count + 1 :]
+        self._stable = min(self._stable, len(self._lines))
         return Block(source, last.code)
 
     @property
@@ -167,6 +172,7 @@ class MessageBody(Widget):
         if self._renderer is not None and self._renderer.width == max(width, 4):
             return
         self._renderer = LineRenderer(width, Palette.of(self.app))
+        self._stable = 0
         for each in self._lines:
             each.strips = self._renderer.render(each.block)
         if self.plain:
@@ -184,6 +190,9 @@ class MessageBody(Widget):
             self._starts.append(height)
             height += len(each.strips)
         self._tail_start = height + (bool(height) and not self._splitter.joined)
+        stays = self._starts[self._stable] if self._stable < len(self._starts) else self._tail_start
+        self._drawn = {y: strip for y, strip in self._drawn.items() if y < stays}
+        self._stable = len(self._lines)
         self._height = self._tail_start + self._tail.rows if not self._tail.empty else height
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
@@ -195,11 +204,19 @@ class MessageBody(Widget):
         """Return a line, with the selection drawn on it."""
         width = self.size.width
         self._prepare(width)
+        style, selection = self.rich_style, self.text_selection
+        if style != self._style:
+            self._style = style
+            self._drawn.clear()
+        if selection is None and (drawn := self._drawn.get(y)) is not None:
+            return drawn
         strip = self._line(y)
-        style = self.rich_style
-        if self.text_selection is not None and (span := self.text_selection.get_span(y)) is not None:
+        if selection is not None and (span := selection.get_span(y)) is not None:
             strip = self._selected(strip, *span)
-        return strip.apply_style(style).crop_extend(0, width, style).apply_offsets(0, y)
+        strip = strip.apply_style(style).crop_extend(0, width, style).apply_offsets(0, y)
+        if selection is None and y < self._tail_start:
+            self._drawn[y] = strip
+        return strip
 
     def _line(self, y: int) -> Strip:
         if not self._tail.empty and y >= self._tail_start:
