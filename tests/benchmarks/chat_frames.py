@@ -118,7 +118,7 @@ class Bench(App[None]):
     async def on_mount(self) -> None:
         """Show the conversation."""
         if self.method == "ziggurat":
-            await self.query_one(Transcript).show(self.history)
+            self.query_one(Transcript).show(self.history)
         else:
             self.query_one(VerticalScroll).anchor()
         self.query_one(TextArea).focus()
@@ -201,7 +201,7 @@ async def measure(method: str, rate: int, kind: str, size: int, seconds: float) 
 async def writer(app: Bench) -> tuple[Callable[[str], Awaitable[None]], Callable[[], Awaitable[str]]]:
     """Return how a method takes a token, and how it ends and tells its text."""
     if app.method == "ziggurat":
-        view = await app.query_one(Transcript).add(Shown("answer", "assistant"), growing=True)
+        view = app.query_one(Transcript).add(Shown("answer", "assistant"), growing=True)
 
         async def append(part: str) -> None:
             view.append(part)

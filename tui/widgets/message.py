@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rich.text import Text
@@ -28,6 +28,7 @@ class Shown:
     branches: int = 1
     note: str = ""
     author: str = ""
+    thought: str = ""
 
 
 class MessageView(Vertical):
@@ -42,6 +43,8 @@ class MessageView(Vertical):
     MessageView:focus > .message--head { color: $text-accent; }
     MessageView > .message--note { height: auto; color: $text-muted; }
     MessageView > .message--note.-empty { display: none; }
+    MessageView > .message--thought { color: $text-muted; text-style: italic; margin: 0 0 1 2; max-height: 5; }
+    MessageView > .message--thought.-hidden { display: none; }
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -49,6 +52,7 @@ class MessageView(Vertical):
         Binding("r", "ask('regenerate')", "Regenerate"),
         Binding("c", "ask('copy')", "Copy"),
         Binding("y", "ask('copy_code')", "Copy code"),
+        Binding("t", "thought", "Thoughts", show=False),
         Binding("left", "ask('previous_branch')", "‹ Version"),
         Binding("right", "ask('next_branch')", "Version ›"),
         Binding("up,k", "ask('up')", "Earlier", show=False),
@@ -74,12 +78,16 @@ class MessageView(Vertical):
         self._head = Static(self._title(), classes="message--head")
         self._note = Static(shown.note, classes="message--note", markup=False)
         self._note.set_class(not shown.note, "-empty")
+        self._thought = MessageBody(shown.thought, plain=True)
+        self._thought.set_classes("message--thought -hidden")
         if not growing:
             self.body.finish()
+            self._thought.finish()
 
     def compose(self) -> ComposeResult:
         """Compose the message."""
         yield self._head
+        yield self._thought
         yield self.body
         yield self._note
 
@@ -91,19 +99,36 @@ class MessageView(Vertical):
 
     def append(self, text: str) -> None:
         """Add text to an answer that is being written."""
+        if not self.body.text:
+            self._thought.add_class("-hidden")
         self.body.append(text)
+
+    def append_thought(self, text: str) -> None:
+        """Add to what the model thinks before its answer; it is shown until that comes."""
+        self._thought.append(text)
+        self._thought.set_class(bool(self.body.text), "-hidden")
+
+    @property
+    def thought(self) -> str:
+        """What the model thought."""
+        return self._thought.text
+
+    def action_thought(self) -> None:
+        """Show or hide what the model thought."""
+        if self._thought.text:
+            self._thought.toggle_class("-hidden")
 
     def finish(self, note: str = "") -> None:
         """End an answer that was being written; ``note`` tells its figures."""
         self.growing = False
         self.body.finish()
+        self._thought.finish()
         self._note.update(note)
         self._note.set_class(not note, "-empty")
 
     def set_branches(self, branch: int, branches: int) -> None:
         """Tell which of how many versions this one is."""
-        shown = self.shown
-        self.shown = Shown(shown.id, shown.role, shown.text, branch, branches, shown.note, shown.author)
+        self.shown = replace(self.shown, branch=branch, branches=branches)
         self._head.update(self._title())
 
     def action_ask(self, what: str) -> None:

@@ -82,6 +82,8 @@ class PromptArea(TextArea):
         Binding("ctrl+j", "newline", "New line"),
         Binding("shift+enter,alt+enter", "newline", "New line", show=False),
         Binding("tab", "complete", "Complete", show=False),
+        Binding("pageup", "screen.page(-1)", "Scroll", show=False),
+        Binding("pagedown", "screen.page(1)", "Scroll", show=False),
     ]
 
     class Sent(Message):

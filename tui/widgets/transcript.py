@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
@@ -29,6 +30,7 @@ class Transcript(VerticalScroll):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self._earlier: list[Shown] = []
+        self.messages: list[MessageView] = []  # those that are mounted, or about to be
         self._notice = Static("", classes="transcript--earlier", markup=False)
         self._notice.display = False
         self._loading = False
@@ -41,44 +43,45 @@ class Transcript(VerticalScroll):
         """Follow the end."""
         self.anchor()
 
-    @property
-    def messages(self) -> list[MessageView]:
-        """The mounted messages."""
-        return [child for child in self.children if isinstance(child, MessageView)]
-
-    async def show(self, messages: Sequence[Shown]) -> None:
+    def show(self, messages: Sequence[Shown]) -> None:
         """Show a conversation, from its end."""
         start = _recent(messages)
         self._earlier = list(messages[:start])
         with self.app.batch_update():
-            await self.remove_children(MessageView)
+            self._remove(self.messages)
             self._tell()
-            await self.mount_all([MessageView(shown) for shown in messages[start:]])
+            self.messages = [MessageView(shown) for shown in messages[start:]]
+            self.mount_all(self.messages)
         self.anchor()
 
-    async def add(self, shown: Shown, *, growing: bool = False) -> MessageView:
+    def add(self, shown: Shown, *, growing: bool = False) -> MessageView:
         """Add a message at the end and follow it."""
         view = MessageView(shown, growing=growing)
-        await self.mount(view)
+        self.messages.append(view)
+        self.mount(view)
         self.anchor()
         self._drop_old()
         return view
 
-    async def cut(self, message_id: str) -> None:
-        """Remove a message and all after it."""
-        views = self.messages
-        ids = [view.shown.id for view in views]
-        if message_id in ids:
-            await self.remove_children(views[ids.index(message_id) :])
+    def discard(self, message_id: str) -> None:
+        """Remove a message."""
+        view = self.view(message_id)
+        if view is not None:
+            self._remove([view])
+            self.messages.remove(view)
+
+    def _remove(self, views: Sequence[MessageView]) -> None:
+        for view in views:
+            view.remove()
 
     def view(self, message_id: str) -> MessageView | None:
         """Return a mounted message."""
-        return next((view for view in self.messages if view.shown.id == message_id), None)
+        return next((view for view in reversed(self.messages) if view.shown.id == message_id), None)
 
     def neighbour(self, view: MessageView, step: int) -> MessageView | None:
         """Return the message before (-1) or after (1) another."""
         views = self.messages
-        place = views.index(view) + step
+        place = views.index(view) + step if view in views else -1
         return views[place] if 0 <= place < len(views) else None
 
     def watch_scroll_y(self, old: float, new: float) -> None:
@@ -92,8 +95,9 @@ class Transcript(VerticalScroll):
         """Mount more of what came earlier; what is seen stays where it is."""
         try:
             start = _recent(self._earlier)
-            more = [MessageView(shown) for shown in self._earlier[start:]]
+            more: list[MessageView] = [MessageView(shown) for shown in self._earlier[start:]]
             del self._earlier[start:]
+            self.messages[:0] = more
             before = self.virtual_size.height
             with self.app.batch_update():
                 self._tell()
@@ -110,14 +114,11 @@ class Transcript(VerticalScroll):
             raise
 
     def _drop_old(self) -> None:
-        views = self.messages
-        if len(views) > MOST_MESSAGES:
-            old = views[: len(views) - MOST_MESSAGES // 2]
-            self._earlier.extend(
-                Shown(view.shown.id, view.shown.role, view.body.text, view.shown.branch, view.shown.branches)
-                for view in old
-            )
-            self.remove_children(old)
+        if len(self.messages) > MOST_MESSAGES:
+            old = self.messages[: len(self.messages) - MOST_MESSAGES // 2]
+            del self.messages[: len(old)]
+            self._earlier.extend(replace(view.shown, text=view.body.text) for view in old)
+            self._remove(old)
             self._tell()
 
     def _tell(self) -> None:
