@@ -18,6 +18,7 @@ from ziggurat.tui.parts import ChatParts
 from ziggurat.tui.screens.chat import ChatScreen
 from ziggurat.tui.screens.help import HelpScreen
 from ziggurat.tui.screens.models import ModelsScreen
+from ziggurat.tui.screens.sessions import SessionsScreen
 from ziggurat.tui.themes import THEMES
 
 
@@ -26,7 +27,7 @@ class ChatApp(App[None]):
 
     TITLE = "ziggurat"
     CSS_PATH = "ziggurat.tcss"
-    ENABLE_COMMAND_PALETTE = True
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "quit", "Quit", priority=True),
         Binding("ctrl+c", "copy_or_hint", show=False),
@@ -87,6 +88,15 @@ class ChatApp(App[None]):
         if self.parts.store is None:
             self.notify("Chats are not kept", severity="warning")
             return
+        store = self.parts.store
+
+        def chosen(name: str | None) -> None:
+            if name is not None:
+                self.chat.open_chat(name)
+            else:
+                self.chat.retitle()
+
+        self.push_screen(SessionsScreen(store, self.chat.session.conversation.id, query), chosen)
 
     async def action_quit(self) -> None:
         """End what runs, keep the model's rows where that is possible, and leave."""

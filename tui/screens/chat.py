@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -11,7 +12,7 @@ from textual.screen import Screen
 from textual.widgets import Footer, Static
 
 from ziggurat.tui.backend import BackendError
-from ziggurat.tui.conversation import Attachment
+from ziggurat.tui.conversation import Attachment, Conversation
 from ziggurat.tui.parts import ChatParts
 from ziggurat.tui.screens.commands import Commands
 from ziggurat.tui.screens.kv_panel import KvPanel
@@ -26,6 +27,7 @@ from ziggurat.tui.session_events import (
     Grew,
     NotSaved,
     PathChanged,
+    RecordError,
     SessionEvent,
     StateChanged,
     Titled,
@@ -49,7 +51,6 @@ _FIGURES_SECONDS, _STATUS_SECONDS = 0.15, 0.5
 class ChatScreen(Screen[None]):
     """Shows a session and hands what the user does to it."""
 
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "Stop"),
         Binding("f1", "app.help", "Help"),
@@ -77,10 +78,15 @@ class ChatScreen(Screen[None]):
         self.loader = Loader(parts.host, self.session, self.banner, self._loaded)
         self.kv_panel = KvPanel(self.session, self.loader)
         self.commands = Commands(self)
-        self.prompt = PromptInput(self.commands.complete)
+        self.prompt = PromptInput(self.commands.complete, history=self._inputs())
         self.actions = MessageActions(self)
         self._lost = ""
         self._asking = False
+
+    def _inputs(self) -> list[str]:
+        with contextlib.suppress(RecordError):
+            return list(self.parts.store.inputs())[::-1] if self.parts.store is not None else []
+        return []
 
     def compose(self) -> ComposeResult:
         """Compose the screen."""
@@ -196,6 +202,7 @@ class ChatScreen(Screen[None]):
     def _loaded(self) -> None:
         self._show_empty()
         self._ask_status()
+        self.run_worker(self._change_rows(None), group="rows", exclusive=True)
         self.kv_panel.refresh_plan()
 
     # what the user does
@@ -204,8 +211,9 @@ class ChatScreen(Screen[None]):
         """Run a command, or send."""
         event.stop()
         text = event.text
-        if text.startswith("/") and self.commands.run(text):
-            self.prompt.taken()
+        if self.commands.meant(text):
+            if self.commands.run(text):
+                self.prompt.taken()
         elif self.session.busy:
             self.notify("An answer runs: Esc stops it. What you typed stays.")
         elif self.session.backend is None:
@@ -225,6 +233,50 @@ class ChatScreen(Screen[None]):
         self.set_attachments([])
         if not self.actions.resend(text, attachments):
             self.session.send(text, attachments)
+
+    def open_chat(self, name: str) -> None:
+        """Go on with an earlier chat."""
+        session, store = self.session, self.parts.store
+        if name == session.conversation.id:
+            self.retitle()
+            return
+        if session.busy:
+            self.notify("An answer runs: Esc stops it.")
+            return
+        try:
+            conversation = store.open(name)
+        except RecordError as error:
+            self.notify(str(error), severity="error")
+            return
+        self.begin(conversation)
+
+    def begin(self, conversation: Conversation) -> None:
+        """Go on with a conversation; the model's rows of the old one are kept, those of this one taken up."""
+        old = self.session.conversation
+        self.actions.leave()
+        self.banner.clear()
+        self.session.open(conversation)
+        self.prompt.focus()
+        self.run_worker(self._change_rows(old), group="rows", exclusive=True)
+
+    async def _change_rows(self, old: Conversation | None) -> None:
+        backend, conversation = self.session.backend, self.session.conversation
+        if backend is None:
+            return
+        with contextlib.suppress(BackendError):  # without them the chat is read again
+            if old is not None and old.messages:
+                await backend.save(old.id)
+            if conversation.messages and not self.session.busy:
+                await backend.restore(conversation.id)
+        self.kv_panel.refresh_kept()
+
+    def retitle(self) -> None:
+        """Take the title that the store has: it may have been changed in the list."""
+        conversation = self.session.conversation
+        with contextlib.suppress(RecordError):
+            if self.parts.store is not None and conversation.messages:
+                conversation.title = self.parts.store.open(conversation.id).title
+        self.show_title()
 
     def set_attachments(self, attachments: list[Attachment]) -> None:
         """Show what goes with the next message."""

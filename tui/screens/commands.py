@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,8 +77,12 @@ class Commands:
         }
         return [each for each in values.get(name, list)() if each.startswith(argument)]
 
+    def meant(self, text: str) -> bool:
+        """Whether a text is a command, and not one that begins with a path or such."""
+        return re.match(r"/[A-Za-z]+(\s|$)", text) is not None
+
     def run(self, text: str) -> bool:
-        """Run a command; False if it is not to leave the prompt. A text with a slash that is no name is none."""
+        """Run a command; False if it is not to leave the prompt."""
         name, _, argument = text[1:].strip().partition(" ")
         found = [each for each in COMMANDS if each.name == name] or [
             each for each in COMMANDS if name and each.name.startswith(name)
@@ -103,10 +108,7 @@ class Commands:
     def _new(self, _: str) -> bool:
         if not self._idle():
             return False
-        self._screen.actions.leave()
-        self._screen.banner.clear()
-        self._screen.session.open(Conversation())
-        self._screen.prompt.focus()
+        self._screen.begin(Conversation())
         return True
 
     async def _file(self, argument: str) -> None:

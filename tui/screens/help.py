@@ -13,18 +13,19 @@ from textual.widgets import Static
 from ziggurat.tui.screens.commands import COMMANDS
 
 _KEYS = """\
-Enter            send                      Ctrl+J           new line
-Esc              stop, cancel, leave       Ctrl+Q           quit
-Up / Down        earlier inputs            Tab              complete a command
-PgUp / PgDn      scroll                    Ctrl+Up          go to the messages
-Ctrl+N           new chat                  Ctrl+R           answer again, retry
-F2  Ctrl+O       chats, search             F3  Ctrl+G       models
-F4  Ctrl+B       KV view and budget        Ctrl+P           palette, themes
+Enter           send                 Ctrl+J          new line
+Esc             stop, cancel, leave  Ctrl+Q          quit
+Up / Down       earlier inputs       Tab             complete a command
+PgUp / PgDn     scroll               Ctrl+Up         go to the messages
+Ctrl+N          new chat             Ctrl+R          answer again, retry
+F2  Ctrl+O      chats, search        F3  Ctrl+G      models
+F4  Ctrl+B      KV view and budget   Ctrl+P          palette, themes
 
-On a message     e edit   r regenerate   c copy   y copy code   t thoughts
-                 Left / Right versions   Up / Down other messages   Esc back
-In the KV view   arrows choose a stretch, its words are shown below
-In the chats     Ctrl+E rename   Ctrl+T pin   Del delete   Ctrl+Z undo
+On a message    e edit  r regenerate  c copy  y copy code  t thoughts
+                Left / Right versions  Up / Down others  Esc back
+In the KV view  arrows choose a stretch, its words are shown below
+In the chats    Ctrl+E rename  Ctrl+T pin  Ctrl+D delete  Ctrl+Z undo
+With the mouse  drag selects text, Ctrl+C copies it
 """
 
 

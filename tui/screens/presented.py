@@ -33,7 +33,8 @@ def note_of(message: Message) -> str:
         if message.ending in _ENDINGS:
             parts.append(_ENDINGS[message.ending] + (f": {message.error}" if message.error else ""))
         if message.usage is not None:
-            parts.append(f"{message.usage.generated_tokens} tokens")
+            count = message.usage.generated_tokens
+            parts.append(f"{count} token{'s' if count != 1 else ''}")
         if message.timings is not None and message.timings.decode_tokens_per_second:
             parts.append(f"{message.timings.decode_tokens_per_second:.1f} tok/s")
         if message.thought:

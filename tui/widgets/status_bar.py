@@ -37,7 +37,7 @@ def readouts(figures: Figures, state: State, model: str, *, error: str = "") -> 
         found.append(Readout(f"{bar(part, 10)} {part:.0%}{rate}", 1, "accent"))
     if figures.rate:
         found.append(Readout(f"{figures.rate:.1f} tok/s", 1, "value"))
-        if figures.history:
+        if any(figures.history):
             found.append(Readout(sparkline(figures.history, _SPARK), 5, "accent"))
     if figures.time_to_first_token_s is not None:
         found.append(Readout(f"first {figures.time_to_first_token_s:.2f} s", 6))
