@@ -205,7 +205,7 @@ async def test_a_file_goes_with_the_next_message_and_tells_its_tokens(tmp_path: 
 async def test_a_missing_file_is_named() -> None:
     async with chatting() as (pilot, _, _):
         await say(pilot, "/file nowhere")
-        await shows(pilot, "nowhere: No such file or directory")
+        await shows(pilot, "nowhere is not attached: No such file or directory")
 
 
 async def test_an_error_is_shown_with_its_remedy_and_retried_by_a_key() -> None:

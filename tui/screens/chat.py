@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -186,7 +187,7 @@ class ChatScreen(Screen[None]):
     def _ask_status(self) -> None:
         if not self._asking and self.session.backend is not None:
             self._asking = True
-            self.run_worker(self._refresh_status())
+            self.run_worker(self._refresh_status)
 
     async def _refresh_status(self) -> None:
         try:
@@ -202,7 +203,7 @@ class ChatScreen(Screen[None]):
     def _loaded(self) -> None:
         self._show_empty()
         self._ask_status()
-        self.run_worker(self._change_rows(None), group="rows", exclusive=True)
+        self.run_worker(partial(self._change_rows, None), group="rows", exclusive=True)
         self.kv_panel.refresh_plan()
 
     # what the user does
@@ -211,8 +212,9 @@ class ChatScreen(Screen[None]):
         """Run a command, or send."""
         event.stop()
         text = event.text
-        if self.commands.meant(text):
-            if self.commands.run(text):
+        done = self.commands.run(text)
+        if done is not None:
+            if done:
                 self.prompt.taken()
         elif self.session.busy:
             self.notify("An answer runs: Esc stops it. What you typed stays.")
@@ -229,7 +231,7 @@ class ChatScreen(Screen[None]):
         """Send a message, or the edited version of one."""
         attachments = tuple(self.attachments)
         self.prompt.taken()
-        self.banner.clear("error", "edit")
+        self.banner.clear("error", "edit", "file")
         self.set_attachments([])
         if not self.actions.resend(text, attachments):
             self.session.send(text, attachments)
@@ -257,7 +259,7 @@ class ChatScreen(Screen[None]):
         self.banner.clear()
         self.session.open(conversation)
         self.prompt.focus()
-        self.run_worker(self._change_rows(old), group="rows", exclusive=True)
+        self.run_worker(partial(self._change_rows, old), group="rows", exclusive=True)
 
     async def _change_rows(self, old: Conversation | None) -> None:
         backend, conversation = self.session.backend, self.session.conversation
@@ -296,7 +298,7 @@ class ChatScreen(Screen[None]):
         if self.loader.cancel():
             return
         if self.session.busy:
-            self.run_worker(self.session.stop())
+            self.run_worker(self.session.stop)
         elif not self.actions.leave() and not self.banner.clear():
             if self.kv_panel.display and self.prompt.area.has_focus:
                 self.action_kv()

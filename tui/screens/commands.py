@@ -3,52 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
+from ziggurat.runtime.errors import InvalidRequestError
 from ziggurat.tui.backend import BackendError
-from ziggurat.tui.conversation import Attachment, Conversation
+from ziggurat.tui.commands import CommandError, Completion, complete, parse
+from ziggurat.tui.conversation import Conversation
+from ziggurat.tui.export import ExportError, export
+from ziggurat.tui.files import FileError, read_attachment
 from ziggurat.tui.screens.loader import with_budget
-from ziggurat.tui.widgets.prompt import Completion
+from ziggurat.tui.settings import write_commented
 
 if TYPE_CHECKING:
     from ziggurat.tui.screens.chat import ChatScreen
-
-#: Bytes of a file above which it is not attached.
-LARGEST_FILE = 4 << 20
-
-
-@dataclass(frozen=True)
-class Command:
-    """A slash command as it is listed."""
-
-    name: str
-    arguments: str
-    help: str
-
-
-COMMANDS = (
-    Command("help", "", "keys and commands"),
-    Command("new", "", "begin another chat"),
-    Command("file", "PATH", "attach a text file to the next message"),
-    Command("system", "[TEXT]", "set the system prompt; without a text show it, - removes it"),
-    Command("temp", "X", "temperature of the next answers, 0 takes the likeliest token"),
-    Command("budget", "[ROWS|N%|none] [POLICY]", "KV rows that are kept; without a number open the KV view"),
-    Command("model", "[NAME]", "choose a model"),
-    Command("chats", "[WORDS]", "earlier chats, searched in all their text"),
-    Command("rename", "TITLE", "give this chat a title"),
-    Command("export", "md|json [PATH]", "write this chat to a file"),
-    Command("save", "", "keep the model's rows of this chat on disk"),
-    Command("again", "", "answer the last message again"),
-    Command("reread", "on|off", "read the whole chat again at each turn"),
-    Command("theme", "NAME", "colours"),
-    Command("quit", "", "leave"),
-)
-
 
 class Commands:
     """Completes and runs them."""
@@ -58,43 +30,24 @@ class Commands:
 
     def complete(self, text: str) -> Sequence[Completion]:
         """Return what a command may go on with."""
-        name, space, argument = text[1:].partition(" ")
-        if not space:
-            return [
-                Completion(f"/{each.name} " if each.arguments else f"/{each.name}", f"/{each.name} {each.arguments}", each.help)
-                for each in COMMANDS
-                if each.name.startswith(name)
-            ]
-        return [Completion(f"/{name} {each}", each) for each in self._values(name, argument)]
+        return complete(text, {"theme": lambda: sorted(self._screen.app.available_themes)})
 
-    def _values(self, name: str, argument: str) -> list[str]:
-        if name == "file":
-            return _paths(argument)
-        values: dict[str, Callable[[], list[str]]] = {
-            "theme": lambda: sorted(self._screen.app.available_themes),
-            "export": lambda: ["md", "json"],
-            "reread": lambda: ["on", "off"],
-        }
-        return [each for each in values.get(name, list)() if each.startswith(argument)]
-
-    def meant(self, text: str) -> bool:
-        """Whether a text is a command, and not one that begins with a path or such."""
-        return re.match(r"/[A-Za-z]+(\s|$)", text) is not None
-
-    def run(self, text: str) -> bool:
-        """Run a command; False if it is not to leave the prompt."""
-        name, _, argument = text[1:].strip().partition(" ")
-        found = [each for each in COMMANDS if each.name == name] or [
-            each for each in COMMANDS if name and each.name.startswith(name)
-        ]
-        if len(found) != 1:
-            self._screen.notify(f"There is no command /{name}: /help lists them", severity="warning")
+    def run(self, text: str) -> bool | None:
+        """Run a command; True when it is done, False if it stays in the prompt, None for a text that is none."""
+        try:
+            found = parse(text)
+        except CommandError as error:
+            self._screen.banner.say(str(error), "error", "command")
             return False
-        result = getattr(self, f"_{found[0].name}")(argument.strip())
-        if inspect.isawaitable(result):
-            self._screen.run_worker(result)  # type: ignore[arg-type]
+        if found is None:
+            return None
+        self._screen.banner.clear("command")
+        command, argument = found
+        do = getattr(self, f"_{command.name}")
+        if inspect.iscoroutinefunction(do):
+            self._screen.run_worker(partial(do, argument))
             return True
-        return result is not False
+        return do(argument) is not False
 
     def _idle(self) -> bool:
         if self._screen.session.busy:
@@ -113,20 +66,16 @@ class Commands:
 
     async def _file(self, argument: str) -> None:
         screen = self._screen
-        path = Path(argument.strip("'\"")).expanduser()
         try:
-            text = await asyncio.to_thread(_read, path)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            screen.notify(f"{path}: {reason}", severity="error", title="Not attached")
+            attachment = await asyncio.to_thread(read_attachment, argument)
+        except FileError as error:
+            screen.banner.say(str(error), "error", "file")
             return
-        tokens = None
         if screen.session.backend is not None:
-            try:
-                tokens = await screen.session.backend.count(text)
-            except BackendError:
-                tokens = None
-        screen.set_attachments([*screen.attachments, Attachment(path.name, text, tokens)])
+            with contextlib.suppress(BackendError):
+                attachment = replace(attachment, tokens=await screen.session.backend.count(attachment.text))
+        screen.banner.clear("file")
+        screen.set_attachments([*screen.attachments, attachment])
 
     def _system(self, argument: str) -> None:
         screen = self._screen
@@ -174,9 +123,28 @@ class Commands:
             self._screen.session.rename(argument)
         return bool(argument)
 
-    def _export(self, argument: str) -> Any:
+    def _export(self, argument: str) -> bool:
         kind, _, path = argument.partition(" ")
-        return self._screen.app.export(kind, path.strip())  # type: ignore[attr-defined]
+        try:
+            written = export(self._screen.session.conversation, kind, path)
+        except ExportError as error:
+            self._screen.banner.say(str(error), "error", "command")
+            return False
+        self._screen.notify(f"Written to {written}")
+        return True
+
+    def _config(self, _: str) -> bool:
+        path = self._screen.parts.settings_file
+        if path is None:
+            self._screen.notify("There is no settings file here", severity="warning")
+            return True
+        try:
+            made = write_commented(path)
+        except InvalidRequestError as error:
+            self._screen.banner.say(str(error), "error", "command")
+            return False
+        self._screen.notify(f"{path}: {'written' if made else 'is there already'}", timeout=10)
+        return True
 
     async def _save(self, _: str) -> None:
         session = self._screen.session
@@ -206,26 +174,3 @@ class Commands:
 
     async def _quit(self, _: str) -> None:
         await self._screen.app.action_quit()
-
-
-def _read(path: Path) -> str:
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise ValueError(f"it has {size} bytes, which is too much to attach")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError("it is not text") from None
-
-
-def _paths(argument: str) -> list[str]:
-    """Return files and folders that a path may go on with."""
-    typed = Path(argument).expanduser() if argument else Path()
-    folder, start = (typed, "") if argument.endswith("/") or not argument else (typed.parent, typed.name)
-    try:
-        names = sorted(folder.iterdir(), key=lambda path: path.name)
-    except OSError:
-        return []
-    found = [path for path in names if path.name.startswith(start) and (start or not path.name.startswith("."))]
-    prefix = argument[: len(argument) - len(start)] if start else argument
-    return [f"{prefix}{path.name}{'/' if path.is_dir() else ''}" for path in found[:50]]

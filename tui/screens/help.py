@@ -10,7 +10,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from ziggurat.tui.screens.commands import COMMANDS
+from ziggurat.tui.commands import COMMANDS
 
 _KEYS = """\
 Enter           send                 Ctrl+J          new line

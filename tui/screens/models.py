@@ -53,7 +53,7 @@ class ModelsScreen(ModalScreen[Path | None]):
     def on_mount(self) -> None:
         """Look for models."""
         self.chooser.field.value = self._query
-        self.run_worker(self._fill())
+        self.run_worker(self._fill)
 
     async def _fill(self) -> None:
         empty = self.chooser.query_one(".chooser--empty", Static)

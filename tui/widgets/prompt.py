@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from textual import events
@@ -15,14 +14,7 @@ from textual.message import Message
 from textual.widgets import OptionList, TextArea
 from textual.widgets.option_list import Option
 
-
-@dataclass(frozen=True)
-class Completion:
-    """What the text before the cursor may become, how it is shown, and what it does."""
-
-    text: str
-    shown: str
-    hint: str = ""
+from ziggurat.tui.commands import Completion
 
 
 Completer = Callable[[str], Sequence[Completion]]

@@ -89,7 +89,7 @@ class Transcript(VerticalScroll):
         super().watch_scroll_y(old, new)
         if new <= 2 and new < old and self._earlier and not self._loading:
             self._loading = True
-            self.run_worker(self.load_earlier(), exclusive=False)
+            self.run_worker(self.load_earlier, exclusive=False)
 
     async def load_earlier(self) -> None:
         """Mount more of what came earlier; what is seen stays where it is."""
