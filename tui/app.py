@@ -13,7 +13,7 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
-from ziggurat.tui.backend import BackendError, ModelSetup
+from ziggurat.tui.backend import BackendError
 from ziggurat.tui.parts import ChatParts
 from ziggurat.tui.screens.chat import ChatScreen
 from ziggurat.tui.screens.help import HelpScreen
@@ -38,7 +38,8 @@ class ChatApp(App[None]):
         self.parts = parts
         for theme in THEMES:
             self.register_theme(theme)
-        self.theme = THEMES[0].name
+        chosen = parts.settings.theme
+        self.theme = chosen if chosen in self.available_themes else THEMES[0].name
         self.chat = ChatScreen(parts)
 
     def on_mount(self) -> None:
@@ -78,8 +79,8 @@ class ChatApp(App[None]):
 
         def chosen(path: Path | None) -> None:
             if path is not None:
-                base = loader.current or self.parts.setup
-                loader.start(replace(base, path=path) if base is not None else ModelSetup(path))
+                current = loader.current
+                loader.start(replace(current, path=path) if current is not None else self.parts.settings.setup(path))
 
         self.push_screen(ModelsScreen(loader.host, current, query), chosen)
 
@@ -92,9 +93,9 @@ class ChatApp(App[None]):
 
         def chosen(name: str | None) -> None:
             if name is not None:
-                self.chat.open_chat(name)
+                self.chat.chats.open(name)
             else:
-                self.chat.retitle()
+                self.chat.chats.retitle()
 
         self.push_screen(SessionsScreen(store, self.chat.session.conversation.id, query), chosen)
 

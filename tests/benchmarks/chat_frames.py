@@ -63,7 +63,9 @@ def text(kind: str) -> Callable[[int], str]:
     if kind == "mixed":
         return lambda n: MIXED.format(n=n)
     if kind == "code":
-        return lambda n: ("```python\n" if n == 0 else "") + f"    total_{n} = compute({n}, 'rows', budget={n % 512})  # {n}\n"
+        return lambda n: (
+            ("```python\n" if n == 0 else "") + f"    total_{n} = compute({n}, 'rows', budget={n % 512})  # {n}\n"
+        )
     return lambda n: f"- item **{n}** of the list, with `code` and some words to wrap around\n"
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.fake_backend import LOST, STATUS, Answer, FakeBackend, FakeHost, kept_pyramid
-from helpers.screens import screen_text, shows, until
 from textual import events
 from textual.pilot import Pilot
+
+from helpers.fake_backend import LOST, STATUS, Answer, FakeBackend, FakeHost, kept_pyramid
+from helpers.screens import screen_text, shows, until
 from ziggurat.tui.app import ChatApp
 from ziggurat.tui.backend import BackendError, Loading, ModelSetup, Planned
 from ziggurat.tui.parts import ChatParts
 from ziggurat.tui.session import Session
+from ziggurat.tui.store import Store
+from ziggurat.tui.widgets.chooser import Chooser
 
 pytestmark = pytest.mark.asyncio
 
@@ -177,7 +180,7 @@ async def test_earlier_inputs_come_with_up() -> None:
 async def test_slash_commands_are_completed() -> None:
     async with chatting() as (pilot, _, _):
         await pilot.press("slash", "s", "y")
-        await shows(pilot, "/system [TEXT]")
+        await shows(pilot, "/system [TEXT")
         await pilot.press("tab")
         assert chat(pilot).prompt.text == "/system "
         await say(pilot, "be brief")
@@ -187,6 +190,7 @@ async def test_slash_commands_are_completed() -> None:
 async def test_an_unknown_command_stays_in_the_prompt() -> None:
     async with chatting() as (pilot, backend, _):
         await say(pilot, "/nonsense")
+        await shows(pilot, "there is no command /nonsense")
         assert chat(pilot).prompt.text == "/nonsense" and not backend.requests
 
 
@@ -205,7 +209,7 @@ async def test_a_file_goes_with_the_next_message_and_tells_its_tokens(tmp_path: 
 async def test_a_missing_file_is_named() -> None:
     async with chatting() as (pilot, _, _):
         await say(pilot, "/file nowhere")
-        await shows(pilot, "nowhere is not attached: No such file or directory")
+        await shows(pilot, "nowhere: there is no such file")
 
 
 async def test_an_error_is_shown_with_its_remedy_and_retried_by_a_key() -> None:
@@ -386,3 +390,65 @@ async def test_escape_sequences_of_an_answer_do_not_reach_the_terminal() -> None
         await say(pilot, "hi")
         await answered(pilot, session)
         assert not set(screen_text(pilot.app)) & {"\x1b", "\x07", "\x9b"}
+
+
+async def test_a_message_may_begin_with_a_path() -> None:
+    async with chatting() as (pilot, backend, session):
+        await say(pilot, "/etc/hosts what is it")
+        await answered(pilot, session)
+        assert backend.requests[0].messages[-1].content == "/etc/hosts what is it"
+
+
+async def test_a_chat_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with chatting(["said so"]) as (pilot, _, session):
+        await say(pilot, "my words")
+        await answered(pilot, session)
+        await say(pilot, "/export md")
+        await until(pilot, (tmp_path / "my-words.md").exists)
+        assert "said so" in (tmp_path / "my-words.md").read_text()
+
+
+async def test_chats_are_listed_searched_renamed_pinned_deleted_and_brought_back() -> None:
+    with Store(None) as store:
+        async with chatting(["about cats", "about dogs"], store=store) as (pilot, backend, session):
+            await say(pilot, "first")
+            await answered(pilot, session)
+            first = session.conversation.id
+            await pilot.press("ctrl+n")
+            await say(pilot, "second")
+            await answered(pilot, session)
+            await pilot.press("f2")
+            await shows(pilot, "first", "second", "2 messages")
+            await pilot.press(*"cats")
+            await until(pilot, lambda: "second" not in dialog(pilot))
+            await pilot.press("ctrl+e")
+            await shows(pilot, "Title")
+            await pilot.press(*"ly", "enter")
+            await shows(pilot, "firstly")
+            await pilot.press("ctrl+t")
+            await shows(pilot, "★")
+            await pilot.press("ctrl+d")
+            await until(pilot, lambda: "firstly" not in dialog(pilot))
+            assert [each.title for each in store.list()] == ["second"]
+            await pilot.press("ctrl+z")
+            await until(pilot, lambda: "firstly" in dialog(pilot))
+            await pilot.press("enter")
+            await shows(pilot, "about cats")
+            assert session.conversation.id == first
+            await until(pilot, lambda: len(backend.saved) == 2)
+
+
+async def test_search_from_the_prompt() -> None:
+    with Store(None) as store:
+        async with chatting(["about cats"], store=store) as (pilot, _, session):
+            await say(pilot, "first")
+            await answered(pilot, session)
+            await say(pilot, "/chats cat")
+            await until(pilot, lambda: "first" in dialog(pilot) and "cat" in dialog(pilot))
+
+
+def dialog(pilot: Chat) -> str:
+    """What the list on the screen shows."""
+    options = pilot.app.screen.query_one(Chooser).options
+    return "\n".join(str(option.prompt) for option in options.options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from functools import partial
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -12,13 +10,14 @@ from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from ziggurat.tui.backend import BackendError
-from ziggurat.tui.conversation import Attachment, Conversation
+from ziggurat.tui.conversation import Attachment
 from ziggurat.tui.parts import ChatParts
 from ziggurat.tui.screens.commands import Commands
+from ziggurat.tui.screens.figures_watch import FiguresWatch
 from ziggurat.tui.screens.kv_panel import KvPanel
 from ziggurat.tui.screens.loader import Loader
 from ziggurat.tui.screens.message_actions import MessageActions
+from ziggurat.tui.screens.open_chats import OpenChats
 from ziggurat.tui.screens.presented import note_of, shown_of
 from ziggurat.tui.session_events import (
     Added,
@@ -28,11 +27,11 @@ from ziggurat.tui.session_events import (
     Grew,
     NotSaved,
     PathChanged,
-    RecordError,
     SessionEvent,
     StateChanged,
     Titled,
 )
+from ziggurat.tui.widgets.background import background
 from ziggurat.tui.widgets.banner import Banner
 from ziggurat.tui.widgets.message import MessageView
 from ziggurat.tui.widgets.prompt import PromptArea, PromptInput
@@ -44,9 +43,6 @@ There is no model yet. Three ways to one:
   convert MODEL OUT.gguf        makes a GGUF of a Hugging Face model
   ziggurat chat OUT.gguf        talks to it; F3 lists the ones of your folders
   ziggurat chat --connect URL   talks to a server that runs already"""
-
-#: Seconds between two looks at the figures, and between two questions to the server.
-_FIGURES_SECONDS, _STATUS_SECONDS = 0.15, 0.5
 
 
 class ChatScreen(Screen[None]):
@@ -79,15 +75,10 @@ class ChatScreen(Screen[None]):
         self.loader = Loader(parts.host, self.session, self.banner, self._loaded)
         self.kv_panel = KvPanel(self.session, self.loader)
         self.commands = Commands(self)
-        self.prompt = PromptInput(self.commands.complete, history=self._inputs())
+        self.chats = OpenChats(self)
+        self.figures = FiguresWatch(self)
+        self.prompt = PromptInput(self.commands.complete, history=self.chats.inputs())
         self.actions = MessageActions(self)
-        self._lost = ""
-        self._asking = False
-
-    def _inputs(self) -> list[str]:
-        with contextlib.suppress(RecordError):
-            return list(self.parts.store.inputs())[::-1] if self.parts.store is not None else []
-        return []
 
     def compose(self) -> ComposeResult:
         """Compose the screen."""
@@ -109,11 +100,9 @@ class ChatScreen(Screen[None]):
         self.kv_panel.display = self.chips.display = False
         self.prompt.focus()
         self.show_path()
-        self.set_interval(_FIGURES_SECONDS, self.show_figures)
-        self.set_interval(_STATUS_SECONDS, self._ask_status)
+        self.figures.start()
         if self.parts.setup is not None and self.session.backend is None:
             self.loader.start(self.parts.setup)
-        self.show_figures()
 
     def on_unmount(self) -> None:
         """Listen no more."""
@@ -146,7 +135,7 @@ class ChatScreen(Screen[None]):
         elif isinstance(event, StateChanged):
             if event.state in ("reading", "answering"):
                 self.banner.clear("error")
-            self.show_figures()
+            self.figures.show()
         elif isinstance(event, Titled):
             self.show_title()
         elif isinstance(event, NotSaved):
@@ -179,31 +168,10 @@ class ChatScreen(Screen[None]):
         self.welcome.display = empty
         self.transcript.display = not empty
 
-    def show_figures(self) -> None:
-        """Show the readouts."""
-        error = self._lost if not self.session.busy else ""
-        self.status_bar.show(self.session.figures(), self.session.state, self.session.model, error=error)
-
-    def _ask_status(self) -> None:
-        if not self._asking and self.session.backend is not None:
-            self._asking = True
-            self.run_worker(self._refresh_status)
-
-    async def _refresh_status(self) -> None:
-        try:
-            await self.session.refresh()
-        except BackendError as error:
-            self._lost = "server lost" if error.kind == "lost" else error.message
-        else:
-            self._lost = ""
-        finally:
-            self._asking = False
-        self.show_figures()
-
     def _loaded(self) -> None:
         self._show_empty()
-        self._ask_status()
-        self.run_worker(partial(self._change_rows, None), group="rows", exclusive=True)
+        self.figures.ask()
+        self.chats.change_rows()
         self.kv_panel.refresh_plan()
 
     # what the user does
@@ -236,50 +204,6 @@ class ChatScreen(Screen[None]):
         if not self.actions.resend(text, attachments):
             self.session.send(text, attachments)
 
-    def open_chat(self, name: str) -> None:
-        """Go on with an earlier chat."""
-        session, store = self.session, self.parts.store
-        if name == session.conversation.id:
-            self.retitle()
-            return
-        if session.busy:
-            self.notify("An answer runs: Esc stops it.")
-            return
-        try:
-            conversation = store.open(name)
-        except RecordError as error:
-            self.notify(str(error), severity="error")
-            return
-        self.begin(conversation)
-
-    def begin(self, conversation: Conversation) -> None:
-        """Go on with a conversation; the model's rows of the old one are kept, those of this one taken up."""
-        old = self.session.conversation
-        self.actions.leave()
-        self.banner.clear()
-        self.session.open(conversation)
-        self.prompt.focus()
-        self.run_worker(partial(self._change_rows, old), group="rows", exclusive=True)
-
-    async def _change_rows(self, old: Conversation | None) -> None:
-        backend, conversation = self.session.backend, self.session.conversation
-        if backend is None:
-            return
-        with contextlib.suppress(BackendError):  # without them the chat is read again
-            if old is not None and old.messages:
-                await backend.save(old.id)
-            if conversation.messages and not self.session.busy:
-                await backend.restore(conversation.id)
-        self.kv_panel.refresh_kept()
-
-    def retitle(self) -> None:
-        """Take the title that the store has: it may have been changed in the list."""
-        conversation = self.session.conversation
-        with contextlib.suppress(RecordError):
-            if self.parts.store is not None and conversation.messages:
-                conversation.title = self.parts.store.open(conversation.id).title
-        self.show_title()
-
     def set_attachments(self, attachments: list[Attachment]) -> None:
         """Show what goes with the next message."""
         self.attachments = attachments
@@ -298,7 +222,7 @@ class ChatScreen(Screen[None]):
         if self.loader.cancel():
             return
         if self.session.busy:
-            self.run_worker(self.session.stop)
+            background(self, self.session.stop)
         elif not self.actions.leave() and not self.banner.clear():
             if self.kv_panel.display and self.prompt.area.has_focus:
                 self.action_kv()

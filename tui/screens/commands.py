@@ -7,7 +7,6 @@ import contextlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from ziggurat.runtime.errors import InvalidRequestError
@@ -15,12 +14,14 @@ from ziggurat.tui.backend import BackendError
 from ziggurat.tui.commands import CommandError, Completion, complete, parse
 from ziggurat.tui.conversation import Conversation
 from ziggurat.tui.export import ExportError, export
-from ziggurat.tui.files import FileError, read_attachment
+from ziggurat.tui.files import AttachError, read_attachment
 from ziggurat.tui.screens.loader import with_budget
 from ziggurat.tui.settings import write_commented
+from ziggurat.tui.widgets.background import background
 
 if TYPE_CHECKING:
     from ziggurat.tui.screens.chat import ChatScreen
+
 
 class Commands:
     """Completes and runs them."""
@@ -45,7 +46,7 @@ class Commands:
         command, argument = found
         do = getattr(self, f"_{command.name}")
         if inspect.iscoroutinefunction(do):
-            self._screen.run_worker(partial(do, argument))
+            background(self._screen, do, argument)
             return True
         return do(argument) is not False
 
@@ -61,14 +62,14 @@ class Commands:
     def _new(self, _: str) -> bool:
         if not self._idle():
             return False
-        self._screen.begin(Conversation())
+        self._screen.chats.begin(Conversation(system=self._screen.parts.settings.system))
         return True
 
     async def _file(self, argument: str) -> None:
         screen = self._screen
         try:
             attachment = await asyncio.to_thread(read_attachment, argument)
-        except FileError as error:
+        except AttachError as error:
             screen.banner.say(str(error), "error", "file")
             return
         if screen.session.backend is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from textual.app import ComposeResult
 from textual.containers import Vertical
 
@@ -10,6 +9,7 @@ from ziggurat.runtime.budget import PRESETS
 from ziggurat.tui.backend import BackendError
 from ziggurat.tui.screens.loader import Loader, describe, with_budget
 from ziggurat.tui.session import Session
+from ziggurat.tui.widgets.background import background
 from ziggurat.tui.widgets.budget_form import BudgetForm
 from ziggurat.tui.widgets.kv_view import KvMap, KvView
 
@@ -33,7 +33,7 @@ class KvPanel(Vertical):
     def refresh_kept(self) -> None:
         """Ask what is kept, if that is seen."""
         if self.display and self.is_mounted:
-            self.run_worker(self._show_kept, group="kept", exclusive=True)
+            background(self, self._show_kept, group="kept", exclusive=True)
 
     async def _show_kept(self) -> None:
         backend = self._session.backend
@@ -54,7 +54,7 @@ class KvPanel(Vertical):
     def on_kv_map_chosen(self, event: KvMap.Chosen) -> None:
         """Ask for the words of a stretch."""
         event.stop()
-        self.run_worker(partial(self._show_words, event), group="words", exclusive=True)
+        background(self, self._show_words, event, group="words", exclusive=True)
 
     async def _show_words(self, chosen: KvMap.Chosen) -> None:
         kept, backend = self.view.map.kept, self._session.backend
@@ -77,7 +77,7 @@ class KvPanel(Vertical):
     def on_budget_form_changed(self, event: BudgetForm.Changed) -> None:
         """Ask what another budget takes, and show it."""
         event.stop()
-        self.run_worker(partial(self._show_plan, event), group="plan", exclusive=True)
+        background(self, self._show_plan, event, group="plan", exclusive=True)
 
     async def _show_plan(self, asked: BudgetForm.Changed) -> None:
         setup = self._loader.current

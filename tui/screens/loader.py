@@ -17,7 +17,9 @@ def describe(planned: Planned) -> str:
     """Return a plan in a line."""
     full = f" of {human_bytes(planned.kv_full)} with every row" if planned.kv_full > planned.kv else ""
     rows = f", rows {planned.rows[0]}…{planned.rows[-1]}" if planned.rows else ""
-    return f"KV {human_bytes(planned.kv)}{full}{rows}; in all {human_bytes(planned.total)} of {human_bytes(planned.free)}"
+    return (
+        f"KV {human_bytes(planned.kv)}{full}{rows}; in all {human_bytes(planned.total)} of {human_bytes(planned.free)}"
+    )
 
 
 class Loader:

@@ -44,7 +44,9 @@ class MessageActions:
         self._edited = message.id
         screen.prompt.text = message.text
         screen.set_attachments(list(message.attachments))
-        screen.banner.say("editing an earlier message: Enter sends it as a new version, Esc leaves it", "notice", "edit")
+        screen.banner.say(
+            "editing an earlier message: Enter sends it as a new version, Esc leaves it", "notice", "edit"
+        )
         screen.prompt.focus()
 
     def leave(self) -> bool:

@@ -13,6 +13,7 @@ from textual.widgets import Static
 
 from ziggurat.runtime.sizes import human_bytes, human_count
 from ziggurat.tui.backend import BackendError, Host, ModelFile
+from ziggurat.tui.widgets.background import background
 from ziggurat.tui.widgets.chooser import Choice, Chooser
 
 
@@ -53,7 +54,7 @@ class ModelsScreen(ModalScreen[Path | None]):
     def on_mount(self) -> None:
         """Look for models."""
         self.chooser.field.value = self._query
-        self.run_worker(self._fill)
+        background(self, self._fill)
 
     async def _fill(self) -> None:
         empty = self.chooser.query_one(".chooser--empty", Static)
@@ -62,7 +63,7 @@ class ModelsScreen(ModalScreen[Path | None]):
         except BackendError as error:
             empty.update(str(error))
             return
-        empty.update("No GGUF was found. The settings name the folders that are searched:\nmodels = [\"~/models\"]")
+        empty.update('No GGUF was found. The settings name the folders that are searched:\nmodels = ["~/models"]')
         self.chooser.set([choice_of(file, self._current) for file in files])
 
     def on_chooser_chosen(self, event: Chooser.Chosen) -> None:

@@ -66,7 +66,7 @@ class RenameScreen(ModalScreen[str | None]):
         """Compose the screen."""
         with Vertical(classes="dialog small") as box:
             box.border_title = "Title"
-            yield Input(self._title)
+            yield Input(self._title, select_on_focus=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Leave with the title."""

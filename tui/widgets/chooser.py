@@ -133,5 +133,7 @@ class Chooser(Vertical):
 
 def _lines(each: Choice) -> Content:
     mark = (f"{each.mark} ", "bold") if each.mark else ""
-    detail = ("\n  " + each.trouble, "$text-error") if each.trouble else ("\n  " + each.detail, "dim") if each.detail else ""
+    detail = (
+        ("\n  " + each.trouble, "$text-error") if each.trouble else ("\n  " + each.detail, "dim") if each.detail else ""
+    )
     return Content.assemble(mark, (each.name, "bold"), detail)

@@ -116,7 +116,11 @@ class KvMap(ScrollView):
             if place >= len(kept.layers):
                 return None, None, 0
             layer = kept.layers[place]
-            return [int(each.rows if each.budget is None else each.budget) for each in kept.layers], layer.rows, layer.layer
+            return (
+                [int(each.rows if each.budget is None else each.budget) for each in kept.layers],
+                layer.rows,
+                layer.layer,
+            )
         return (list(self._rows), None, place) if place < len(self._rows) else (None, None, 0)
 
     def strip_of(self, place: int) -> tuple[float, ...]:
@@ -206,12 +210,16 @@ class KvView(Vertical):
         """Show the text of a stretch."""
         layer = self.map.kept.layers[chosen.layer].layer if self.map.kept is not None else chosen.layer
         words = "the server does not tell its text" if text is None else text
-        self._words.update(f"layer {layer}, stretch {chosen.column + 1} of {chosen.columns}: {chosen.part:.0%} held\n{words}")
+        self._words.update(
+            f"layer {layer}, stretch {chosen.column + 1} of {chosen.columns}: {chosen.part:.0%} held\n{words}"
+        )
 
 
 def _headline(kept: Kept | None, rows: Sequence[int]) -> str:
     if kept is None:
-        return f"Budget of {sum(rows)} rows over {len(rows)} layers" if rows else "Nothing is known of the KV cache yet."
+        return (
+            f"Budget of {sum(rows)} rows over {len(rows)} layers" if rows else "Nothing is known of the KV cache yet."
+        )
     if kept.whole:
         return f"{len(kept.tokens)} tokens, every row kept: no budget is set (/budget ROWS or N%)."
     seen = len(kept.tokens) * len(kept.layers)

@@ -116,7 +116,12 @@ class BlockSplitter:
 
     def _text_line(self, line: str, finished: list[Block]) -> None:
         item, fence = _ITEM.match(line), _FENCE.match(line)
-        if self._list and self._blank and not (item and _kind(item) == self._list) and not line.startswith(("  ", "\t")):
+        if (
+            self._list
+            and self._blank
+            and not (item and _kind(item) == self._list)
+            and not line.startswith(("  ", "\t"))
+        ):
             self._flush(finished)
         self._blank = False
         if fence and not (fence[2][0] == "`" and "`" in fence[3]):

@@ -52,7 +52,9 @@ class Palette:
         if not all(re.fullmatch(r"#[0-9a-fA-F]{6}", each) for each in found):
             return cls(code_theme=code)
         accent, primary, secondary, panel = found
-        return cls(accent, primary if not theme.dark else accent, secondary, panel, "monokai" if theme.dark else "default")
+        return cls(
+            accent, primary if not theme.dark else accent, secondary, panel, "monokai" if theme.dark else "default"
+        )
 
 
 class _Code(CodeBlock):

@@ -243,7 +243,9 @@ class MessageBody(Widget):
             return strip
         before, inside, after = strip.crop(0, start), strip.crop(start, end), strip.crop(end, length)
         style = self.screen.get_component_rich_style("screen--selection")
-        return Strip.join([before, Strip([Segment(text, (old + style) if old else style) for text, old, _ in inside]), after])
+        return Strip.join(
+            [before, Strip([Segment(text, (old + style) if old else style) for text, old, _ in inside]), after]
+        )
 
     def selection_updated(self, selection: Selection | None) -> None:
         """Draw the selection."""

@@ -16,7 +16,6 @@ from textual.widgets.option_list import Option
 
 from ziggurat.tui.commands import Completion
 
-
 Completer = Callable[[str], Sequence[Completion]]
 
 #: Characters, and characters in a line, above which a pasted text is shown as a mark: wrapping it at each key would

@@ -9,6 +9,7 @@ from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.widgets import Static
 
+from ziggurat.tui.widgets.background import background
 from ziggurat.tui.widgets.message import MessageView, Shown
 
 #: Characters mounted at first, and added each time the start is reached; at least so many messages in any case.
@@ -89,7 +90,7 @@ class Transcript(VerticalScroll):
         super().watch_scroll_y(old, new)
         if new <= 2 and new < old and self._earlier and not self._loading:
             self._loading = True
-            self.run_worker(self.load_earlier, exclusive=False)
+            background(self, self.load_earlier)
 
     async def load_earlier(self) -> None:
         """Mount more of what came earlier; what is seen stays where it is."""

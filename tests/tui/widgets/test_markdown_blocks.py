@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ziggurat.tui.widgets.markdown_blocks import CODE_LINES, LIST_LINES, Block, BlockSplitter
 
 
@@ -54,7 +55,9 @@ def test_code_that_ends_at_a_cut_is_not_followed_by_an_empty_block() -> None:
     assert [block.source for block in split(f"```\n{lines}\n```\nafter")] == [lines, "after"]
 
 
-_PIECES = st.sampled_from(["- a\n", "1. b\n", "\n", "text\n", "  more\n", "```\n", "~~~\n", "# h\n", "|a|b|\n", "x", " "])
+_PIECES = st.sampled_from(
+    ["- a\n", "1. b\n", "\n", "text\n", "  more\n", "```\n", "~~~\n", "# h\n", "|a|b|\n", "x", " "]
+)
 
 
 @given(st.lists(_PIECES, max_size=60).map("".join), st.integers(1, 9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+
 from ziggurat.tui.widgets.tail import TailLines, wrap
 
 
