@@ -56,6 +56,12 @@ _server_options = option_group(
     ),
     click.option("--public-metrics", is_flag=True, help="Show /metrics to who knows no key."),
     click.option(
+        "--kv-folder",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="Keep conversations' rows here when a client asks for it; default: refuse to.",
+    ),
+    click.option(
         "--request-timeout", type=float, metavar="SECONDS", help="End requests that take longer; default: none."
     ),
     click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -56,6 +57,11 @@ def write_atomic(path: Path, content: bytes, option: str) -> None:
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
+
+
+def state_file(folder: Path, conversation: str) -> Path:
+    """Return where a server keeps a conversation's rows: names are whatever clients choose."""
+    return folder / f"{hashlib.sha256(conversation.encode('utf-8', 'surrogatepass')).hexdigest()}.kv"
 
 
 def _is_special(path: Path) -> bool:

@@ -7,7 +7,18 @@ import importlib.metadata
 from fastapi import FastAPI
 
 from ziggurat.runtime.engine import Engine
-from ziggurat.runtime.server import chat, completions, docs, embeddings, errors, models, native, openapi, responses
+from ziggurat.runtime.server import (
+    chat,
+    completions,
+    docs,
+    embeddings,
+    errors,
+    kv_states,
+    models,
+    native,
+    openapi,
+    responses,
+)
 from ziggurat.runtime.server.metrics import Metrics
 from ziggurat.runtime.server.middleware.auth import AuthMiddleware
 from ziggurat.runtime.server.middleware.body import BodyMiddleware
@@ -37,7 +48,7 @@ def create_app(engine: Engine, settings: ServerSettings | None = None, phase: Ph
     )
     app.state.server = ServerState.of(engine, settings)
     errors.install(app)
-    for room in (chat, completions, embeddings, models, native, responses, docs):
+    for room in (chat, completions, embeddings, models, native, kv_states, responses, docs):
         app.include_router(room.router)
     app.state.phase = phase = phase or Phase()
     app.state.metrics = metrics = Metrics(engine)

@@ -29,6 +29,7 @@ _WHEN = {
     401: "No API key, or none that the server knows.",
     404: "The server does not have what was asked for.",
     408: "The request's body did not arrive in time.",
+    409: "What was kept is of another model or other settings, or damaged.",
     413: "The request's body is too long.",
     415: "The request's body is not JSON by its content type.",
     429: "As many requests wait as may.",
@@ -122,6 +123,8 @@ def _statuses(path: str, method: str, operation: Json, free: bool) -> list[int]:
         found.add(404)
     if path in _QUEUED:
         found.add(429)
+    if path.startswith("/v1/kv/") and method == "post":
+        found.add(409)
     return sorted(found)
 
 

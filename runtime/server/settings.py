@@ -35,6 +35,7 @@ class ServerSettings(BaseModel):
     tls_key: Path | None = None
     alias: Names = []
     api_key: Names = []
+    kv_folder: Path | None = Field(default=None, description="Where conversations' rows are kept on request.")
     request_timeout: float | None = Field(default=None, gt=0)
     ping: float = Field(default=15.0, gt=0)
     public_metrics: bool = False

@@ -136,3 +136,11 @@ class Kept(AnswerModel):
     budgets: list[int]
     layers: list[KeptLayer]
     tokens: list[int] | None = None
+
+
+class KeptState(AnswerModel):
+    """A conversation of so many tokens was kept, or taken up."""
+
+    object: Literal["kv.state"]
+    conversation: str
+    n_tokens: int
