@@ -101,6 +101,7 @@ def make_parts(
     from ziggurat.tui import places
     from ziggurat.tui.api import Address, HttpBackend
     from ziggurat.tui.backend import BackendError
+    from ziggurat.tui.kept_files import KeptFiles
     from ziggurat.tui.local import LocalHost
     from ziggurat.tui.parts import ChatParts
     from ziggurat.tui.session import Session
@@ -127,7 +128,11 @@ def make_parts(
         sampling=settings.sampling(),
         reread=settings.reread,
     )
-    host = None if backend is not None else LocalHost(folders, log)
+    kept: KeptFiles | None = None
+    if store is not None:
+        kept = KeptFiles(places.rows_folder())
+        kept.keep_only(store.names())
+    host = None if backend is not None else LocalHost(folders, log, kept=kept)
     return ChatParts(session, backend, host, store, settings, log, setup)
 
 

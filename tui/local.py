@@ -11,6 +11,7 @@ from pathlib import Path
 from ziggurat.tui.api import HttpBackend
 from ziggurat.tui.backend import BackendError, ChatEvent, ChatRequest, Loading, ModelFile, ModelSetup, Planned, Status
 from ziggurat.tui.kept import Kept
+from ziggurat.tui.kept_files import KeptFiles
 from ziggurat.tui.planning import model_files, plan
 from ziggurat.tui.process_memory import gpu_bytes, resident_bytes
 from ziggurat.tui.server_process import COMMAND, ServerProcess
@@ -23,9 +24,16 @@ _GPU_S = 5.0
 class LocalBackend:
     """Satisfies ``Backend``: a server process, started again with the next request when it has died."""
 
-    def __init__(self, setup: ModelSetup, planned: Planned, log: Path, command: Sequence[str] = COMMAND) -> None:
+    def __init__(
+        self,
+        setup: ModelSetup,
+        planned: Planned,
+        log: Path,
+        command: Sequence[str] = COMMAND,
+        kept: KeptFiles | None = None,
+    ) -> None:
         self.setup, self.planned = setup, planned
-        self._log, self._command = log, command
+        self._log, self._command, self._kept = log, command, kept
         self._process: ServerProcess | None = None
         self._http: HttpBackend | None = None
         self._closed = False
@@ -39,7 +47,9 @@ class LocalBackend:
 
     async def start(self, tell: Callable[[Loading], None] = lambda _loading: None) -> None:
         """Start the process, and wait until it takes requests. Cancelling ends it. Raises BackendError."""
-        process = self._process = ServerProcess.start(self.setup, self._log, command=self._command)
+        process = self._process = ServerProcess.start(
+            self.setup, self._log, command=self._command, kv_folder=self._kept.folder if self._kept else None
+        )
         http = self._http = HttpBackend(process.address, api_key=process.api_key, log=str(self._log))
         try:
             while not await self._ready(process, http):
@@ -99,7 +109,10 @@ class LocalBackend:
 
     async def save(self, conversation: str) -> bool:
         """Keep a conversation's rows; see ``Backend``."""
-        return await (await self._running()).save(conversation)
+        done = await (await self._running()).save(conversation)
+        if done and self._kept is not None:
+            self._kept.prune()
+        return done
 
     async def restore(self, conversation: str) -> bool:
         """Take up rows that were kept; see ``Backend``."""
@@ -172,11 +185,21 @@ class LocalBackend:
 
 
 class LocalHost:
-    """Satisfies ``Host``. ``folders`` are looked through for models; ``log`` gets what the servers say."""
+    """Satisfies ``Host``. ``folders`` are looked through for models; ``log`` gets what the servers say.
 
-    def __init__(self, folders: Sequence[Path], log: Path, *, command: Sequence[str] = COMMAND) -> None:
+    ``kept`` is where conversations' rows are kept, None to keep none.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        log: Path,
+        *,
+        command: Sequence[str] = COMMAND,
+        kept: KeptFiles | None = None,
+    ) -> None:
         self.folders, self.log = tuple(folders), log
-        self._command = command
+        self._command, self._kept = command, kept
         self._one = asyncio.Lock()
         self._backend: LocalBackend | None = None
         self._setup: ModelSetup | None = None
@@ -193,7 +216,7 @@ class LocalHost:
             if planned.shortage is not None:
                 raise BackendError(f"{setup.path.name} {planned.shortage}", kind="refused")
             await self.close()
-            backend = self._backend = LocalBackend(setup, planned, self.log, self._command)
+            backend = self._backend = LocalBackend(setup, planned, self.log, self._command, self._kept)
             self._setup = setup
             await backend.start(tell)
             return backend

@@ -21,6 +21,11 @@ def chats_file() -> Path:
     return platformdirs.user_data_path(_NAME, appauthor=False) / "chats.db"
 
 
+def rows_folder() -> Path:
+    """Return the folder in which the engine's rows of conversations are kept, beside the database."""
+    return chats_file().parent / "rows"
+
+
 def log_file() -> Path:
     """Return the log of the chat and of servers that it starts, ``~/.local/state/ziggurat/log/chat.log`` on Linux."""
     import platformdirs

@@ -43,12 +43,19 @@ class ServerProcess:
         self._ending = False
 
     @classmethod
-    def start(cls, setup: ModelSetup, log: Path, *, command: Sequence[str] = COMMAND) -> ServerProcess:
-        """Start a server for a model, with what it says appended to ``log``. Raises BackendError."""
+    def start(
+        cls, setup: ModelSetup, log: Path, *, command: Sequence[str] = COMMAND, kv_folder: Path | None = None
+    ) -> ServerProcess:
+        """Start a server for a model, with what it says appended to ``log``. Raises BackendError.
+
+        ``kv_folder`` is where conversations' rows can be kept.
+        """
         key = secrets.token_urlsafe(32)
         folder, listen, address = _listening()
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_OPTIONS)}
         environment |= {_KEY: key, "PYTHONUNBUFFERED": "1"}
+        if kv_folder is not None:
+            listen += ["--kv-folder", str(kv_folder)]
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             if log.exists() and log.stat().st_size > _MAX_LOG:

@@ -164,6 +164,11 @@ class Store:
         head, found, title, system, created = row
         return Conversation.of(messages, head=head, id=found, title=title, system=system, created=created)
 
+    def names(self) -> set[str]:
+        """Return the names of all conversations, also of deleted ones that can be taken back."""
+        with self._told():
+            return {row[0] for row in self._database.execute("SELECT id FROM conversation")}
+
     def latest(self) -> str | None:
         """Return the name of the conversation that something was said in last."""
         with self._told():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
@@ -447,3 +448,54 @@ def test_addresses(text: str, api: str, root: str) -> None:
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(BackendError):
         Address.parse(text)
+
+
+def test_rows_are_kept_once_a_stopped_request_has_ended() -> None:
+    busy = httpx.Response(404, json={"error": {"message": "conversation 'c' is running a request: save it later"}})
+    gone = httpx.Response(404, json={"error": {"message": "no rows of this conversation were kept"}})
+
+    async def work() -> None:
+        client = backend(Script({"/v1/kv/c/save": [busy, {"n_tokens": 3}], "/v1/kv/c/restore": gone}))
+        assert await client.save("c") and not await client.restore("c")
+        await client.close()
+
+    run(work())
+
+
+def test_every_stop_closes_the_connection_to_a_real_server() -> None:
+    closed: list[bool] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        if not head.startswith("POST"):
+            data = json.dumps(PROPS if "/props" in head else SLOTS).encode()
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+            writer.close()
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        event = f"data: {json.dumps(chunk('x'))}\n\n".encode()
+        with contextlib.suppress(ConnectionError):
+            while not reader.at_eof():
+                writer.write(event)
+                await writer.drain()
+                await asyncio.sleep(0.0005)
+        closed.append(True)
+        writer.close()
+
+    async def work() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            client = HttpBackend(Address.parse(f"http://127.0.0.1:{port}"))
+            for place in range(20):
+                seen = 0
+                async for event in client.chat(ASK):
+                    seen += isinstance(event, Delta)
+                    if seen == 1 + place:
+                        await client.stop()
+                    await asyncio.sleep(0.001 * (place % 3))
+                while len(closed) <= place:
+                    await asyncio.sleep(0.001)
+            await client.close()
+
+    run(work())
+    assert len(closed) == 20

@@ -24,6 +24,7 @@ from ziggurat.tui.kept import Kept
 # a server of ours sends a comment every 15 s; of others nothing is known, and prompts may take long to read
 _SILENCE_S = 60.0
 _PROGRESS_S = 0.2
+_TRIES, _AGAIN_S = 20, 0.1
 
 
 class HttpBackend:
@@ -47,35 +48,34 @@ class HttpBackend:
         self._static: Status | None = None
         self._reader: asyncio.Task[None] | None = None
         self._events = asyncio.Queue[ChatEvent | BackendError]()
+        self._answered = False
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Answer; see ``Backend``."""
         events = self._events = asyncio.Queue[ChatEvent | BackendError]()
         reader = self._reader = asyncio.create_task(self._read(request, events))
         watcher = asyncio.create_task(self._watch(request, events))
-        first = True
+        self._answered = False
         try:
             while True:
                 event = await events.get()
                 if isinstance(event, BackendError):
                     raise event
-                if isinstance(event, Progress) and not first:
+                if isinstance(event, Progress) and self._answered:
                     continue  # asked before the first text, answered after it
-                if not isinstance(event, Progress):
-                    first = False
-                    watcher.cancel()
+                self._answered = not isinstance(event, Progress)
                 yield event
                 if isinstance(event, Done):
                     return
         finally:
-            for task in (reader, watcher):
-                task.cancel()
-            await asyncio.gather(reader, watcher, return_exceptions=True)
+            # once only: a second cancellation would end the closing of the connection half-way
+            reader.cancel()
+            watcher.cancel()
+            await asyncio.wait([reader, watcher])
 
     async def stop(self) -> None:
         """End the running answer; see ``Backend``."""
         if self._reader is not None and not self._reader.done():
-            self._reader.cancel()
             self._events.put_nowait(Done("cancelled"))
 
     async def status(self) -> Status:
@@ -158,13 +158,18 @@ class HttpBackend:
     async def _state(self, conversation: str, what: str) -> bool:
         if not (await self._describe()).ours:
             return False
-        try:
-            await self._server.post(f"/v1/kv/{quote(conversation, safe='')}/{what}", {})
-        except BackendError as error:
-            if error.kind in ("refused", "nonsense"):
-                return False
-            raise
-        return True
+        path = f"/v1/kv/{quote(conversation, safe='')}/{what}"
+        for left in reversed(range(_TRIES)):
+            try:
+                await self._server.post(path, {})
+                return True
+            except BackendError as error:
+                if error.kind not in ("refused", "nonsense"):
+                    raise
+                if "running a request" not in error.message or not left:
+                    return False
+            await asyncio.sleep(_AGAIN_S)  # one that was just stopped ends with its next token
+        return False
 
     async def _describe(self) -> Status:
         """Return what does not change while the server runs."""
@@ -224,6 +229,8 @@ class HttpBackend:
                 return
             while True:
                 await asyncio.sleep(_PROGRESS_S)
+                if self._answered:
+                    return
                 progress = told.progress_of(await self._server.get("/slots"), request.conversation)
                 if progress is not None:
                     events.put_nowait(progress)
