@@ -81,8 +81,9 @@ class KvMap(ScrollView):
 
     def on_resize(self) -> None:
         """The stretches are others."""
-        self._strips.clear()
         self.cursor = (self.cursor[0], min(self.cursor[1], max(self.columns - 1, 0)))
+        if self.kept is not None and self.kept.layers:
+            self._tell()
 
     def render_line(self, y: int) -> Strip:
         """Draw a layer."""
@@ -126,9 +127,10 @@ class KvMap(ScrollView):
     def strip_of(self, place: int) -> tuple[float, ...]:
         """Return which part of each stretch a layer holds."""
         assert self.kept is not None
-        if place not in self._strips:
-            self._strips[place] = self.kept.strip(place, self.columns)
-        return self._strips[place]
+        found = self._strips.get(place)
+        if found is None or len(found) != self.columns:
+            found = self._strips[place] = self.kept.strip(place, self.columns)
+        return found
 
     def _heat(self, place: int, heat: Style) -> list[Segment]:
         parts = self.strip_of(place)
