@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from rich.text import Text
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
@@ -20,6 +22,8 @@ from ziggurat.tui.screens.help import HelpScreen
 from ziggurat.tui.screens.models import ModelsScreen
 from ziggurat.tui.screens.sessions import SessionsScreen
 from ziggurat.tui.themes import THEMES
+
+_logger = logging.getLogger(__name__)
 
 
 class ChatApp(App[None]):
@@ -98,6 +102,13 @@ class ChatApp(App[None]):
                 self.chat.chats.retitle()
 
         self.push_screen(SessionsScreen(store, self.chat.session.conversation.id, query), chosen)
+
+    def _fatal_error(self) -> None:
+        """End with a line instead of a traceback; the log has that."""
+        error = self._exception
+        _logger.error("the chat failed", exc_info=error)
+        where = f"; its log is {self.parts.log_file}" if self.parts.log_file is not None else ""
+        self.panic(Text(f"Error: the chat failed ({error!r}){where}. Chats are kept: --continue goes on"))
 
     async def action_quit(self) -> None:
         """End what runs, keep the model's rows where that is possible, and leave."""

@@ -454,3 +454,18 @@ def dialog(pilot: Chat) -> str:
     """What the list on the screen shows."""
     options = pilot.app.screen.query_one(Chooser).options
     return "\n".join(str(option.prompt) for option in options.options)
+
+
+async def test_a_fault_of_the_app_is_a_line_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    app = ChatApp(ChatParts(Session(FakeBackend()), log_file=Path("/logs/chat.log")))
+
+    def fail() -> None:
+        raise ValueError("of ours")
+
+    with pytest.raises(ValueError, match="of ours"):
+        async with app.run_test(size=(80, 24)) as pilot:
+            app.call_later(fail)
+            await pilot.pause(0.2)
+    assert "of ours" in caplog.text
+    printed = "".join(str(segment.text) for each in app._exit_renderables for segment in each.segments)  # type: ignore
+    assert "Traceback" not in printed
