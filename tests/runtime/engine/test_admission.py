@@ -83,7 +83,7 @@ def test_after_the_end_nothing_is_taken_and_everybody_is_told() -> None:
     inbox.abandon(EngineClosedError("the engine was closed"))
     for each in (running, waiting):
         with pytest.raises(EngineClosedError):
-            each.channel.take(wait=True)
+            each.channel.take()
     with pytest.raises(EngineClosedError):
         task.future.result(0)
     with pytest.raises(EngineClosedError):
