@@ -157,7 +157,7 @@ class Speculation:
                 if any(paces[index].trying for index, _ in ready):
                     base = others + len(wanted)
                     self.costs.allowance -= seconds + max(0.0, self.costs.step(base + tried) - self.costs.step(base))
-        except Exception:
+        except Exception:  # whatever is wrong with a drafter must not end the requests that it helps
             source.failed = True
             _logger.exception("%s failed and is not used any more", type(source.drafter).__name__)
             return [[] for _ in wanted]
