@@ -18,7 +18,7 @@ from helpers.stock import Gguf
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
-TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
+TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
 SCORES = ("snapkv", "recent", "random")
 PREFILLS = ("exact", "bounded", "chunked", "lane")
 POOLS = ("avg", "max")
@@ -133,7 +133,10 @@ class BudgetModel(Gguf):
 
 
 class BudgetContext:
-    """A context. `types`: of K and V; `ubatch` None: as large as a whole batch; `batch` None: all sequences' rows."""
+    """A context. `types`: of K and V; `ubatch` None: as large as a whole batch; `batch` None: all sequences' rows.
+
+    `unified`: sequences share rows, and a row can be of several (without a budget only).
+    """
 
     def __init__(
         self,
@@ -148,6 +151,7 @@ class BudgetContext:
         flash: bool = False,
         types: tuple[str, str] = ("f32", "f32"),
         threads: int = 1,
+        unified: bool = False,
         abort: Callable[[], bool] | None = None,
     ) -> None:
         self.n_seq, self._vocab_size = n_seq, vocab_size
@@ -155,7 +159,7 @@ class BudgetContext:
         p.n_ctx = -(-n_ctx // 256) * 256 * n_seq
         p.n_batch = batch or p.n_ctx
         p.n_ubatch = ubatch or p.n_batch
-        p.n_seq_max, p.kv_unified = n_seq, False
+        p.n_seq_max, p.kv_unified = n_seq, unified
         p.n_threads = p.n_threads_batch = threads
         p.type_k, p.type_v = (TYPES[name] for name in types)
         enabled, disabled = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
