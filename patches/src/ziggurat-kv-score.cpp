@@ -14,13 +14,13 @@ namespace {
 // of them sees, and what it weighs.
 class window_input : public llm_graph_input_i {
 public:
-    window_input(ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel, uint32_t n_group) :
-        ring(kv.n_ring), plane(sel.plane), last(sel.last), queries_from(sel.queries_from) {
+    window_input(ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel, int64_t n_padded, uint32_t n_group) :
+        n(sel.n), ring(kv.n_ring), plane(sel.plane), last(sel.last), queries_from(sel.queries_from) {
         const uint32_t window = kv.params.window;
         slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, window);
         ggml_set_input(slots);
         ggml_set_name(slots, "kv_window_slots");
-        mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, sel.n, window);
+        mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_padded, window);
         ggml_set_input(mask);
         ggml_set_name(mask, "kv_window_mask");
         weights = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, window*n_group);
@@ -29,20 +29,21 @@ public:
     }
 
     void set_input(const llama_ubatch *) override {
-        const int64_t n      = mask->ne[0];
-        const int64_t window = mask->ne[1];
-        const int64_t group  = weights->ne[1]/window;
+        const int64_t n_padded = mask->ne[0];
+        const int64_t window   = mask->ne[1];
+        const int64_t group    = weights->ne[1]/window;
 
         std::vector<int32_t>     places(window);
-        std::vector<ggml_fp16_t> rows(n*window);
+        std::vector<ggml_fp16_t> rows(n_padded*window);
         std::vector<float>       shares(window*group, 0.0f);
 
         const int64_t n_valid = std::min<int64_t>(window, last + 1 - queries_from);
         for (int64_t i = 0; i < window; ++i) {
             const int64_t age = window - 1 - i;
             const int64_t see = std::clamp<int64_t>(n - age, 1, n); // the rows of the window are consecutive
-            std::fill(rows.begin() + i*n,       rows.begin() + i*n + see, ggml_fp32_to_fp16(0.0f));
-            std::fill(rows.begin() + i*n + see, rows.begin() + (i + 1)*n, ggml_fp32_to_fp16(-INFINITY));
+            const auto row = rows.begin() + i*n_padded;
+            std::fill(row,       row + see,      ggml_fp32_to_fp16(0.0f));
+            std::fill(row + see, row + n_padded, ggml_fp32_to_fp16(-INFINITY));
             places[i] = plane*ring + std::max<int64_t>(last - age, 0) % ring;
             for (int64_t g = 0; g < group && age < n_valid; ++g) {
                 shares[g*window + i] = 1.0f/(n_valid*group);
@@ -54,10 +55,11 @@ public:
     }
 
     ggml_tensor * slots   = nullptr; // I32 [window]
-    ggml_tensor * mask    = nullptr; // F16 [n, window]
+    ggml_tensor * mask    = nullptr; // F16 [n_padded, window]
     ggml_tensor * weights = nullptr; // F32 [1, window*n_group]
 
 private:
+    const int64_t   n;
     const uint32_t  ring;
     const uint32_t  plane;
     const llama_pos last;
@@ -113,6 +115,13 @@ ggml_tensor * pooled(ggml_context * ctx, ggml_tensor * scores, const ziggurat_kv
     return ggml_pool_1d(ctx, scores, GGML_OP_POOL_AVG, params.pool, 1, 0);
 }
 
+// As many rows as the product with the keys is computed for. Backends have fast kernels for whole tiles of rows only
+// (ggml's on a CPU: multiples of 16); what lies behind the last row is masked.
+int64_t padded_rows(const ziggurat_kv_selection & sel) {
+    const int64_t n_padded = GGML_PAD(sel.n, 16);
+    return sel.k_offset + n_padded*sel.k->nb[1] <= ggml_nbytes(sel.k) ? n_padded : sel.n;
+}
+
 // SnapKV: how much attention the window's queries pay to each row, averaged over them and over the query heads of a KV
 // head (in F32, causal within the window), then pooled.
 ggml_tensor * snapkv(
@@ -123,7 +132,9 @@ ggml_tensor * snapkv(
     const int64_t group  = layer.n_head/layer.n_head_kv;
     const int64_t d      = layer.queries->ne[0]/layer.n_head;
 
-    auto * input = (window_input *) res->add_input(std::make_unique<window_input>(ctx, kv, sel, group));
+    const int64_t n_padded = padded_rows(sel);
+
+    auto * input = (window_input *) res->add_input(std::make_unique<window_input>(ctx, kv, sel, n_padded, group));
 
     // in F32, whatever the ring has
     ggml_tensor * queries = ggml_get_rows(ctx, all_planes(ctx, layer.queries), input->slots);
@@ -133,13 +144,13 @@ ggml_tensor * snapkv(
     ggml_tensor * scores = nullptr;
     // one KV head at a time: all together would need n*window*n_head floats
     for (int64_t h = 0; h < layer.n_head_kv; ++h) {
-        ggml_tensor * k = ggml_view_2d(ctx, sel.k, d, sel.n, sel.k->nb[1], sel.k_offset + h*head_size);
+        ggml_tensor * k = ggml_view_2d(ctx, sel.k, d, n_padded, sel.k->nb[1], sel.k_offset + h*head_size);
         ggml_tensor * q = ggml_view_3d(ctx, queries, d, window, group, queries->nb[2], queries->nb[1], h*group*queries->nb[1]);
 
-        ggml_tensor * s = ggml_mul_mat(ctx, k, q); // [n, window, group]
+        ggml_tensor * s = ggml_mul_mat(ctx, k, q); // [n_padded, window, group]
         ggml_prec_set_acc(s, GGML_PREC_F32);
         s = ggml_soft_max_ext(ctx, s, input->mask, layer.kq_scale, 0.0f);
-        s = ggml_out_prod(ctx, ggml_reshape_2d(ctx, s, sel.n, window*group), input->weights); // [n, 1]
+        s = ggml_out_prod(ctx, ggml_reshape_2d(ctx, s, n_padded, window*group), input->weights); // [n_padded, 1]
         scores = scores ? ggml_concat(ctx, scores, s, 1) : s;
         // now, or the temporaries of all heads may live at once
         ggml_build_forward_expand(gf, scores);
