@@ -122,6 +122,13 @@ int64_t padded_rows(const ziggurat_kv_selection & sel) {
     return sel.k_offset + n_padded*sel.k->nb[1] <= ggml_nbytes(sel.k) ? n_padded : sel.n;
 }
 
+// One KV head's keys [d, n], of a type whose products with queries leave these as the ring has them. A product with rows of
+// fewer bits rounds queries to 8 bits, or with BF16 to BF16's 8: that alone would change the order of many scores.
+ggml_tensor * keys_of_head(ggml_context * ctx, const ziggurat_kv_selection & sel, int64_t d, int64_t n, int64_t h) {
+    ggml_tensor * k = ggml_view_2d(ctx, sel.k, d, n, sel.k->nb[1], sel.k_offset + h*ggml_row_size(sel.k->type, d));
+    return k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16 ? k : ggml_cast(ctx, k, GGML_TYPE_F32);
+}
+
 // SnapKV: how much attention the window's queries pay to each row, averaged over them and over the query heads of a KV
 // head (in F32, causal within the window), then pooled.
 ggml_tensor * snapkv(
@@ -139,12 +146,11 @@ ggml_tensor * snapkv(
     // in F32, whatever the ring has
     ggml_tensor * queries = ggml_get_rows(ctx, all_planes(ctx, layer.queries), input->slots);
     queries = ggml_reshape_3d(ctx, queries, d, layer.n_head, window);
-    const size_t head_size = ggml_row_size(sel.k->type, d);
 
     ggml_tensor * scores = nullptr;
     // one KV head at a time: all together would need n*window*n_head floats
     for (int64_t h = 0; h < layer.n_head_kv; ++h) {
-        ggml_tensor * k = ggml_view_2d(ctx, sel.k, d, n_padded, sel.k->nb[1], sel.k_offset + h*head_size);
+        ggml_tensor * k = keys_of_head(ctx, sel, d, n_padded, h);
         ggml_tensor * q = ggml_view_3d(ctx, queries, d, window, group, queries->nb[2], queries->nb[1], h*group*queries->nb[1]);
 
         ggml_tensor * s = ggml_mul_mat(ctx, k, q); // [n_padded, window, group]

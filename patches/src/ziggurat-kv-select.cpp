@@ -6,31 +6,43 @@
 
 namespace {
 
-// Some rows of a cache tensor [n_embd, rows], seen per head: [words, n, n_head]. As 32-bit words where a head's bytes
-// allow it, so that copying moves rows of any type verbatim.
-ggml_tensor * rows_by_head(ggml_context * ctx, ggml_tensor * t, size_t offset, int64_t n, int64_t n_head) {
-    const int64_t d          = t->ne[0]/n_head;
-    const size_t  head_bytes = ggml_row_size(t->type, d);
-    if (head_bytes % sizeof(float) != 0) {
-        // Heads of an odd number of half-word blocks: dequantized and quantized again, which for blocks that came
-        // from the quantizer gives the same values.
-        return ggml_view_3d(ctx, t, d, n, n_head, t->nb[1], head_bytes, offset);
-    }
+// Heads of rows as words of this size: copying them moves rows of any type verbatim, whatever a type's values would become
+// on their way (NaN, zeros with a sign, blocks that no quantizer makes).
+ggml_type word_of(const ggml_tensor * t, int64_t n_head) {
+    return ggml_row_size(t->type, t->ne[0]/n_head) % sizeof(float) == 0 ? GGML_TYPE_F32 : GGML_TYPE_BF16;
+}
+
+// Some rows of a cache tensor [n_embd, rows], seen per head and as words: [words, n, n_head].
+ggml_tensor * words_of(ggml_context * ctx, ggml_tensor * t, size_t offset, int64_t n, int64_t n_head) {
+    const size_t head_bytes = ggml_row_size(t->type, t->ne[0]/n_head);
     ggml_tensor * view = ggml_view_tensor(ctx, t);
-    view->type  = GGML_TYPE_F32;
-    view->ne[0] = head_bytes/sizeof(float);
-    view->ne[1] = n;
-    view->ne[2] = n_head;
-    view->ne[3] = 1;
-    view->nb[0] = sizeof(float);
+    view->type  = word_of(t, n_head);
+    view->nb[0] = ggml_type_size(view->type);
     view->nb[1] = t->nb[1];
     view->nb[2] = head_bytes;
     view->nb[3] = head_bytes*n_head;
+    view->ne[0] = head_bytes/view->nb[0];
+    view->ne[1] = n;
+    view->ne[2] = n_head;
+    view->ne[3] = 1;
     view->view_offs += offset;
     if (view->data != nullptr) {
         view->data = (char *) view->data + offset;
     }
     return view;
+}
+
+// These words of some rows: [words, idxs, n_head].
+ggml_tensor * gathered(ggml_context * ctx, ggml_tensor * words, ggml_tensor * idxs) {
+    ggml_tensor * rows = ggml_get_rows(ctx, words, idxs);
+    if (words->type == GGML_TYPE_F32) {
+        return rows;
+    }
+    // What is read as BF16 comes as F32 whose upper half it is, bit for bit; rounding it back would change NaNs.
+    ggml_tensor * upper = ggml_view_3d(ctx, rows, rows->ne[0], rows->ne[1], rows->ne[2], rows->nb[1], rows->nb[2], 0);
+    upper->type       = words->type;
+    upper->view_offs += sizeof(float)/2;
+    return upper;
 }
 
 // first, first + 1, … for every KV head: F32 [n, n_head_kv]. Row numbers and positions are exact in F32 up to 2^24.
@@ -75,11 +87,10 @@ std::vector<ggml_tensor *> ziggurat_kv_build_move(
     const int64_t n_head_kv = layer.n_head_kv;
 
     ggml_tensor * idxs = ggml_cast(ctx, rows, GGML_TYPE_I32);
-    ggml_tensor * to   = ggml_cast(ctx, ggml_arange(ctx, 0.0f, (float) sel.target, 1.0f), GGML_TYPE_I32);
 
     // all of them are read before the first is written: a selection in place overlaps
-    ggml_tensor * k = ggml_get_rows(ctx, rows_by_head(ctx, sel.k, sel.k_offset, sel.n, n_head_kv), idxs);
-    ggml_tensor * v = ggml_get_rows(ctx, rows_by_head(ctx, sel.v, sel.v_offset, sel.n, n_head_kv), idxs);
+    ggml_tensor * k = gathered(ctx, words_of(ctx, sel.k, sel.k_offset, sel.n, n_head_kv), idxs);
+    ggml_tensor * v = gathered(ctx, words_of(ctx, sel.v, sel.v_offset, sel.n, n_head_kv), idxs);
     ggml_build_forward_expand(gf, k);
     ggml_build_forward_expand(gf, v);
 
@@ -98,10 +109,8 @@ std::vector<ggml_tensor *> ziggurat_kv_build_move(
         positions = ggml_reshape_2d(ctx, positions, sel.target, n_head_kv);
     }
     std::vector<ggml_tensor *> effects;
-    effects.push_back(ggml_set_rows(ctx,
-                rows_by_head(ctx, layer.k, sel.plane*layer.k->nb[2], layer.capacity, n_head_kv), k, to));
-    effects.push_back(ggml_set_rows(ctx,
-                rows_by_head(ctx, layer.v, sel.plane*layer.v->nb[2], layer.capacity, n_head_kv), v, to));
+    effects.push_back(ggml_cpy(ctx, k, words_of(ctx, layer.k, sel.plane*layer.k->nb[2], sel.target, n_head_kv)));
+    effects.push_back(ggml_cpy(ctx, v, words_of(ctx, layer.v, sel.plane*layer.v->nb[2], sel.target, n_head_kv)));
     effects.push_back(ggml_cpy(ctx, positions, place));
     for (auto * node : effects) {
         ggml_build_forward_expand(gf, node);
