@@ -15,7 +15,7 @@ from ziggurat.runtime.bindings.context_settings import ContextSettings
 from ziggurat.runtime.bindings.kv_settings import KVSettings
 from ziggurat.runtime.plan.kv import CACHE_TYPE_BLOCKS, KVShape, bytes_per_token, padded, row_bytes
 
-_POSITION, _HIDDEN = 4, 4
+_POSITION, _HIDDEN, _SCORED = 4, 4, 4
 _RING_SPARE = 16  # queries kept beyond the window
 _ALIGNMENT = 128  # no backend that is known aligns tensors to more
 
@@ -26,7 +26,8 @@ class BudgetMemory:
 
     ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions``, ``queries`` and ``copies`` (of
     the sequences whose prompts are read) bytes by layer;
-    ``largest_row`` are those of one token in the layer where K and V take most.
+    ``largest_row`` are those of one token in the layer where K and V take most, on their way to their places, and
+    ``scored_key`` those of one head's key while it is scored, 0 where products take it as it is stored.
     ``rotation`` is one more row of each layer, which the library keeps where rows are quantized, to know how they are
     rotated. ``full`` is what the stock library takes for the same context.
     """
@@ -43,6 +44,7 @@ class BudgetMemory:
     layer_major: bool
     rotation: int
     largest_row: int
+    scored_key: int
     full: int
 
     @property
@@ -120,9 +122,24 @@ def budget_memory(
         hidden=n_reading * n_embd * hidden_tokens * _HIDDEN if layer_major else 0,
         layer_major=layer_major,
         rotation=sum(per_row) if quantized else 0,
-        largest_row=max(per_row),
+        largest_row=max(
+            sum(
+                row_bytes(width, name) * _widening(size, name)
+                for width, size, name in (
+                    (shape.key_width(layer), shape.key_length, settings.type_k),
+                    (shape.value_width(layer), shape.value_length, settings.type_v),
+                )
+            )
+            for layer in layers
+        ),
+        scored_key=shape.key_length * _SCORED if kv.score == "snapkv" and settings.type_k not in ("f16", "f32") else 0,
         full=n_seq * full * sum(stock),
     )
+
+
+def _widening(head_length: int, cache_type: str) -> int:
+    """Heads that are no whole number of 32-bit words are moved as 16-bit words, each of which takes 32 bits then."""
+    return 2 if row_bytes(head_length, cache_type) % 4 else 1
 
 
 def _times(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -82,7 +82,8 @@ def _with_budget(
 
     The first writes its rows in place and is the library's own, of fewer rows. The second computes one layer (or all,
     in the lane) over the stage. Selecting comes before attention in it, so that the mask is alive as well: the scores
-    of one KV head, or the rows that were selected, lie beside it unless they fit where it was.
+    of one KV head and its keys in F32, if they are stored otherwise, or the rows that were selected, lie beside it
+    unless they fit where it was.
     """
     mask_value = _F16 if flash_attention else _F32
     hidden = model.n_embd * n_ubatch * _F32
@@ -102,7 +103,9 @@ def _with_budget(
     # in the lane masks stay, and there is one of the window for every layer
     hole, layers = (mask, 1) if budget.layer_major else (0, kv.n_layer)
     masks = mask + layers * observed * _F16
-    selecting = 3 * hidden + max(_beside(hole, observed * group * _F32), _beside(hole, selected, selected))
+    scores = observed * group * _F32
+    keys = budget.stage_rows * budget.scored_key
+    selecting = 3 * hidden + max(_beside(hole, keys, scores), _beside(hole, selected, selected))
     attention = _attention(model, kv, n_ubatch, staged, flash_attention=flash_attention)
     if not budget.layer_major:
         return max(end, in_place, masks + max(attention, selecting, feed_forward))
