@@ -2,7 +2,7 @@
 
 Three contexts decode single tokens in turns (in one order, then in the other):
 
-    full     all rows of the prompt, F16 and flash attention: a cache without a budget at its best
+    full     all rows of the prompt, in F16 (a cache without a budget at its best) and in the types of --full
     budget   what --rows per layer on average (a pyramid) keep of it, in each of --types
     short    no budget, all rows of a prompt as long as --rows, in each of --types: what a budget could reach at most
 
@@ -11,10 +11,13 @@ copy moved to positions of its own (llama_memory_seq_add), into one sequence who
 The second reads as many; its layers' rows are those of the whole length, and full. Slack fills while it is measured,
 and selections, when it is full, count. Reported: seconds for a token, medians, and of each round's ratios
 
-    against_full     full / budget: above 1 the budget is faster
+    against_full     full in F16 / budget: above 1 the budget is faster
+    against_own      full in the budget's type / budget, where --full has it
     against_short    short / budget: 1 would be all that there is to gain
 
 and the bytes of KV that the library has allocated. The last line is JSON; --json FILE appends it to that file's list.
+
+A type is that of K and V, or two with a colon between (q8_0:q4_0).
 
 usage: python tests/benchmarks/kv_decode.py --model 0.3b.gguf --depths 4096,12288,32768 [--types f16,q8_0] [--threads 1]
 """
@@ -44,11 +47,17 @@ UBATCH = 512
 
 
 def context(
-    model: BudgetModel, n_ctx: int, options: argparse.Namespace, budget: Budget | None = None, kind: str = "f16", **more: Any
+    model: BudgetModel,
+    n_ctx: int,
+    options: argparse.Namespace,
+    budget: Budget | None = None,
+    kind: str = "f16",
+    **more: Any,
 ) -> BudgetContext:
     """A context as all of this benchmark are."""
     batch = None if budget else min(2048, n_ctx)
-    types = (kind, kind)
+    key, _, value = kind.partition(":")
+    types = (key, value or key)
     return model.context(
         n_ctx, budget, ubatch=UBATCH, batch=batch, flash=True, types=types, threads=options.threads, **more
     )
@@ -61,13 +70,13 @@ def read(into: BudgetContext, length: int) -> None:
         into.read(prompt[start : start + 2048])
 
 
-def filled_state(model: BudgetModel, options: argparse.Namespace, depth: int) -> bytes:
+def filled_state(model: BudgetModel, options: argparse.Namespace, depth: int, kind: str) -> bytes:
     """The state of a sequence of ``depth`` tokens, of which the first ``--fill`` were read and the rest are copies."""
     fill = min(options.fill, depth)
     copies = depth // fill
     if copies * fill != depth:
         raise SystemExit(f"a depth of {depth} is no multiple of {fill} tokens: choose another --fill or --depths")
-    with context(model, (depth + 256) // copies + 256, options, n_seq=copies, unified=True) as wide:
+    with context(model, (depth + 256) // copies + 256, options, None, kind, n_seq=copies, unified=True) as wide:
         read(wide, fill)
         first = wide.saved(0)
         for copy in range(1, copies):
@@ -75,8 +84,7 @@ def filled_state(model: BudgetModel, options: argparse.Namespace, depth: int) ->
             wide.shift(copy, 0, -1, copy * fill)
             wide.copy(copy, 0)
             wide.remove(copy)
-        wide.read([7])  # this turns the keys to their new positions
-        wide.remove(0, depth)
+        # keys stay turned as they were, since not every type can be turned again: rates do not depend on it
         return wide.saved(0)
 
 
@@ -104,14 +112,17 @@ def seconds(of: BudgetContext, steps: int) -> float:
 def at_depth(model: BudgetModel, options: argparse.Namespace, depth: int) -> list[Figures]:
     """One figure for each type."""
     with ExitStack() as stack:
-        sides = {"full": stack.enter_context(context(model, depth + ROOM, options))}
-        sides["full"].restore(filled_state(model, options, depth), 0)
+        sides = {}
+        for kind in dict.fromkeys(("f16", *options.full)):
+            full = sides[f"full {kind}"] = stack.enter_context(context(model, depth + ROOM, options, None, kind))
+            full.restore(filled_state(model, options, depth, kind), 0)
         budget = budget_of(options, model.n_layer, depth)
         for kind in options.types:
             ours = sides[f"budget {kind}"] = stack.enter_context(context(model, depth + ROOM, options, budget, kind))
             ours.read(tokens(min(options.fill, depth)))
-            short = sides[f"short {kind}"] = stack.enter_context(context(model, options.rows + ROOM, options, None, kind))
+            short = stack.enter_context(context(model, options.rows + ROOM, options, None, kind))
             read(short, options.rows)
+            sides[f"short {kind}"] = short
         bytes_of = {name: kv_bytes(side) for name, side in sides.items()}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for side in sides.values():
@@ -119,17 +130,19 @@ def at_depth(model: BudgetModel, options: argparse.Namespace, depth: int) -> lis
         for turn in range(options.rounds):
             for name in list(sides)[:: -1 if turn % 2 else 1]:
                 times[name].append(seconds(sides[name], options.steps))
-            sides["full"].remove(0, depth)  # where it was, so that the depth stays the depth
-            for kind in options.types:
-                sides[f"short {kind}"].remove(0, options.rows)
+            for name, side in sides.items():  # back to where they were, so that the depth stays the depth
+                if not name.startswith("budget"):
+                    side.remove(0, depth if name.startswith("full") else options.rows)
     found = []
     for kind in options.types:
         ours = times[f"budget {kind}"]
         figures: Figures = {"depth": depth, "rows": options.rows, "type": kind, "threads": options.threads}
-        for name, key in (("full", "full"), (f"budget {kind}", "budget"), (f"short {kind}", "short")):
+        others = {"full": "full f16", "own": f"full {kind}", "short": f"short {kind}"}
+        others = {key: name for key, name in others.items() if name in sides}
+        for key, name in {**others, "budget": f"budget {kind}"}.items():
             figures[f"{key}_s"] = statistics.median(times[name])
             figures[f"{key}_kv_bytes"] = bytes_of[name]
-        for key, name in (("full", "full"), ("short", f"short {kind}")):
+        for key, name in others.items():
             ratios = sorted(a / b for a, b in zip(times[name], ours, strict=True))
             figures[f"against_{key}"] = statistics.median(ratios)
             figures[f"against_{key}_quartiles"] = [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]]
@@ -143,6 +156,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="GGUF")
     parser.add_argument("--depths", type=lengths, default=[4096, 12288, 32768], metavar="N,…")
     parser.add_argument("--types", type=lambda text: text.split(","), default=["f16", "q8_0"], metavar="TYPE,…")
+    parser.add_argument("--full", type=lambda text: text.split(","), default=[], metavar="TYPE,…")
     parser.add_argument("--rows", type=int, default=1024, help="mean over the layers (default: %(default)s)")
     parser.add_argument("--fill", type=int, default=4096, help="tokens that are read (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)

@@ -54,10 +54,12 @@ def budget_of(policy: str, share: float, n_prompt: int, n_layer: int, seed: int,
     return Budget(tuple(rows), how.window, SINKS, how.pool, how.pool_type, slack=64, score=score, seed=seed)
 
 
-def answer(model: Model, needle: Needle, budget: Budget | None, threads: int) -> str:
+def answer(
+    model: Model, needle: Needle, budget: Budget | None, threads: int, types: tuple[str, str] = ("f16", "f16")
+) -> str:
     """What the model says greedily after the prompt was read in one call."""
     vocab = model.vocab
-    options: dict[str, Any] = {"flash": True, "types": ("f16", "f16"), "ubatch": 512, "threads": threads}
+    options: dict[str, Any] = {"flash": True, "types": types, "ubatch": 512, "threads": threads}
     said: list[int] = []
     with BudgetContext(model.handle, vocab.n_tokens, needle.length, budget, **options) as context:
         logits = context.read(needle.prompt)

@@ -18,6 +18,7 @@ SHAPES = {
     "gqa": Shape(n_layer=3, n_head=4, n_head_kv=2),
     "mqa": Shape(n_layer=3, n_head=4, n_head_kv=1),
     "uneven": Shape("deci", n_layer=3, n_head=(4, 4, 4), n_head_kv=(4, 1, 2)),
+    "uneven_32": Shape("deci", n_layer=3, n_head=(4, 4, 4), n_head_kv=(4, 1, 2), head_dim=32),
     "head_32": Shape(n_layer=2, n_head=4, n_head_kv=2, head_dim=32),
     "head_96": Shape(n_layer=2, n_head=2, n_head_kv=2, head_dim=96),
     "wide": Shape(n_layer=2, n_head=2, n_head_kv=1, head_dim=64),

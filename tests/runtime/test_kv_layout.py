@@ -16,7 +16,7 @@ from ziggurat.runtime.bindings.memory import measure
 
 SHAPE = Shape(n_layer=3, n_head=4, n_head_kv=2, head_dim=32)
 UNEVEN = Shape("deci", n_layer=3, n_head=(4, 4, 4), n_head_kv=(4, 1, 2), head_dim=32)
-BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
+BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 N_CTX = 1024
 
 
@@ -26,7 +26,7 @@ def padded(n: int) -> int:
 
 @pytest.mark.parametrize("shape", [SHAPE, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize("lane", [False, True])
-@pytest.mark.parametrize("types", [("f32", "f32"), ("f16", "f16"), ("q8_0", "f16")], ids="-".join)
+@pytest.mark.parametrize("types", [("f32", "f16"), ("bf16", "q4_0"), ("q8_0", "bf16")], ids="-".join)
 @pytest.mark.parametrize(
     "budget",
     [
@@ -60,7 +60,7 @@ def test_bytes(
     budget = replace(budget, prefill="lane" if lane else "exact", n_reading=asked, n_copies=copies)
     n_reading = min(asked, n_seq)
     with BudgetModel(write_model(tmp_path / "m.gguf", shape)) as model:
-        with model.context(N_CTX, budget, n_seq=n_seq, types=types, ubatch=64) as context:
+        with model.context(N_CTX, budget, n_seq=n_seq, types=types, ubatch=64, flash=True) as context:
             layout = context.layout()
             assert layout is not None
             assert context.capacity() == tuple(capacity)

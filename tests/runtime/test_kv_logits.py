@@ -23,6 +23,10 @@ KINDS: list[dict[str, Any]] = [
     {"types": ("f16", "f16"), "flash": True},
     {"types": ("q8_0", "f16"), "flash": False},
     {"types": ("q8_0", "q8_0"), "flash": True},
+    {"types": ("bf16", "bf16"), "flash": False},
+    {"types": ("bf16", "q4_0"), "flash": True},
+    {"types": ("q4_0", "bf16"), "flash": True},
+    {"types": ("q4_0", "q8_0"), "flash": True},
 ]
 
 

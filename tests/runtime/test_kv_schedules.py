@@ -2,7 +2,8 @@
 
 The model knows how many rows every layer must hold, which of them may be rolled back and what must be refused; the
 reference (helpers.kv_reference) knows which rows, and the logits. Allocations and computations fail and are aborted
-anywhere: each sequence is then as before or as after.
+anywhere: each sequence is then as before or as after. Rows of types with few bits, which make logits and scores coarse,
+are followed by their bytes: wherever a row goes, it stays what it was.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from hypothesis.stateful import (
 from helpers.kv_library import Aborted, Budget, BudgetModel, Ints, Part, Refused
 from helpers.kv_models import Models, tokens
 from helpers.kv_reference import RING_SPARE, ReferenceSequence, Weights
+from helpers.kv_rows import Bytes, layers_in
 from helpers.stock import nmse
 
 Result = TypeVar("Result")
@@ -38,6 +40,7 @@ BUDGET = Budget((40, 60, 14), window=4, sinks=2, slack=8, n_reading=N_READING)
 OWN = [None, (10, 20, 14), (40, 6, 6)]
 SEQUENCES = st.integers(0, N_SEQ - 1)
 LENGTHS = st.sampled_from([1, 1, 1, 1, 2, 3, 9, 14, 15, 33, 61, 150])
+TYPES = st.tuples(*[st.sampled_from(["f16", "bf16", "q8_0", "q4_0"])] * 2)
 FAULTS = st.none() | st.tuples(st.sampled_from(["fail", "abort"]), st.integers(0, 30))
 
 
@@ -49,6 +52,8 @@ class Expected:
     used: list[int] = field(default_factory=lambda: [0] * 3)
     fixed: list[int] = field(default_factory=lambda: [0] * 3)
     rows: tuple[int, ...] = BUDGET.rows
+    stored: list[dict[tuple[int, int], Bytes]] = field(default_factory=lambda: [{}, {}, {}])
+    """The bytes of each row by KV head and position, K and V one after the other."""
 
     @property
     def tail(self) -> int:
@@ -92,12 +97,15 @@ class Schedule(RuleBasedStateMachine):
     weights: Weights
     prefill: str
     options: dict[str, object]
+    limit = 1e-6  # of the error of logits
+    few_bits = False
 
-    @initialize(step_tokens=st.sampled_from([RING_SPARE, 5, 1]))
-    def start(self, step_tokens: int) -> None:
-        self.model = BudgetModel(self.path)
+    @initialize(step_tokens=st.sampled_from([RING_SPARE, 5, 1]), types=TYPES)
+    def start(self, step_tokens: int, types: tuple[str, str]) -> None:
+        self.model, self.types = BudgetModel(self.path), types
+        typed: dict[str, object] = {"types": types, "flash": True} if self.few_bits else {}
         self.context = self.model.context(
-            N_CTX, replace(BUDGET, prefill=self.prefill), n_seq=N_SEQ, abort=self._abort, **self.options
+            N_CTX, replace(BUDGET, prefill=self.prefill), n_seq=N_SEQ, abort=self._abort, **typed, **self.options
         )
         self.capacity = self.context.capacity()
         self.sequences = [self._empty() for _ in range(N_SEQ)]
@@ -166,7 +174,7 @@ class Schedule(RuleBasedStateMachine):
         kept: list[Ints] = [positions[:, : positions.shape[1] - new] for positions in self.context.kept(index)]
         reference = sequence.reference
         reference.budget = Budget(sequence.rows, BUDGET.window, BUDGET.sinks)
-        for layer, positions in enumerate(kept):
+        for layer, positions in enumerate(kept if not self.few_bits else ()):
             reference.swaps(layer, positions, 1e-4)
         reference.select(kept)
 
@@ -213,7 +221,7 @@ class Schedule(RuleBasedStateMachine):
             if selects:
                 sequence.select()
                 self._follow(part.sequence, 0)
-        assert got is None or nmse(got, wanted[-1].astype(np.float32)) < 1e-6
+        assert got is None or nmse(got, wanted[-1].astype(np.float32)) < self.limit
 
     @rule(index=SEQUENCES, n=LENGTHS)
     def begin(self, index: int, n: int) -> None:
@@ -302,7 +310,7 @@ class Schedule(RuleBasedStateMachine):
             else:
                 sequence.add(len(some))
                 logits = self.context.read(some, index, every=True)
-                assert nmse(logits, sequence.reference.read(some).astype(np.float32)) < 1e-6
+                assert nmse(logits, sequence.reference.read(some).astype(np.float32)) < self.limit
             drafts = len(some) - right
             if drafts:
                 assert self.context.remove(index, sequence.reference.n - drafts)
@@ -403,24 +411,27 @@ class Schedule(RuleBasedStateMachine):
             )
             for layer, cache in zip(self.context.kept(index), sequence.reference.layers, strict=True):
                 assert np.array_equal(layer.ravel(), cache.positions.ravel())
+            if self.few_bits and index not in self.readings:
+                self._follow_bytes(index, sequence)
+
+    def _follow_bytes(self, index: int, sequence: Expected) -> None:
+        found = layers_in(self.context, self.weights, BUDGET, self.types, index)
+        for layer, (rows, positions) in enumerate(zip(found, self.context.kept(index), strict=True)):
+            now = {
+                (head, position): np.concatenate([rows.keys[head][row], rows.values[head][row]])
+                for head, line in enumerate(positions.tolist())
+                for row, position in enumerate(line)
+            }
+            for place in now.keys() & sequence.stored[layer].keys():
+                assert np.array_equal(now[place], sequence.stored[layer][place]), f"layer {layer}, {place}"
+            sequence.stored[layer] = now
 
 
-@pytest.mark.parametrize(
-    ("shape", "ubatch", "prefill"), [("gqa", 16, "exact"), ("gqa", 256, "exact"), ("uneven", 16, "lane")]
-)
-def test_random_schedules(shape: str, ubatch: int, prefill: str, kv_files: Models) -> None:
-    """Read layer by layer, and in the lane."""
-    path = kv_files[shape]
-
-    class OfThisModel(Schedule):
-        pass
-
-    OfThisModel.path, OfThisModel.weights = path, Weights(path)
-    OfThisModel.prefill, OfThisModel.options = prefill, {"ubatch": ubatch}
+def run(schedule: type[Schedule], examples: int) -> None:
     run_state_machine_as_test(
-        OfThisModel,
+        schedule,
         settings=settings(
-            max_examples=25,
+            max_examples=examples,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
@@ -429,3 +440,29 @@ def test_random_schedules(shape: str, ubatch: int, prefill: str, kv_files: Model
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "ubatch", "prefill"), [("gqa", 16, "exact"), ("gqa", 256, "exact"), ("uneven", 16, "lane")]
+)
+def test_random_schedules(shape: str, ubatch: int, prefill: str, kv_files: Models) -> None:
+    """Read layer by layer, and in the lane."""
+
+    class OfThisModel(Schedule):
+        pass
+
+    OfThisModel.path, OfThisModel.weights = kv_files[shape], Weights(kv_files[shape])
+    OfThisModel.prefill, OfThisModel.options = prefill, {"ubatch": ubatch}
+    run(OfThisModel, 25)
+
+
+@pytest.mark.parametrize("prefill", ["exact", "lane"])
+def test_random_schedules_of_every_type(prefill: str, kv_files: Models) -> None:
+    """K and V apart, heads of 32 (an odd number of 16-bit words in q8_0 and q4_0), another number in each layer."""
+
+    class OfTypes(Schedule):
+        few_bits, limit = True, 0.3
+
+    OfTypes.path, OfTypes.weights = kv_files["uneven_32"], Weights(kv_files["uneven_32"])
+    OfTypes.prefill, OfTypes.options = prefill, {"ubatch": 16}
+    run(OfTypes, 4)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from helpers.kv_library import Budget, BudgetContext, BudgetModel
 from helpers.kv_models import Models, first_difference, tokens
 from helpers.kv_reference import Weights
-from helpers.kv_rows import LayerBytes, head_bytes, layers_in, layers_of, numbers_at, reference_of
+from helpers.kv_rows import LayerBytes, layers_in, layers_of, numbers_at, reference_of
 
 TYPES = ("f16", "bf16", "q8_0", "q4_0")
 PAIRS = [*zip(TYPES, TYPES, strict=True), ("bf16", "q4_0"), ("q8_0", "f16"), ("q4_0", "bf16"), ("f16", "q8_0")]
@@ -85,9 +83,7 @@ def test_a_selection_in_place_copies_and_saved_rows(kv_files: Models, shape: str
             reference = reference_of(weights, budget, pair, before, after)
             reference.budget = Budget((40, 24))
             assert sum(reference.swaps(layer, kept, TIE) for layer, kept in enumerate(context.kept())) <= 2
-            check_same(
-                layers_in(context, weights, budget, pair, 1), [(layer.keys, layer.values) for layer in before]
-            )
+            check_same(layers_in(context, weights, budget, pair, 1), [(layer.keys, layer.values) for layer in before])
             branch, kept = context.saved(1), context.kept()
             context.restore(branch, 0)
             assert context.saved(0)[8:] == branch[8:]  # but for the header, which names the sequence

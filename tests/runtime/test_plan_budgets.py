@@ -181,6 +181,8 @@ ASKED = {
     "one": {"n_ctx": 4000},
     "one of f32": {"n_ctx": 2048, "type_k": "f32", "type_v": "f32"},
     "four of q8_0": {"n_ctx": 2048, "n_seq_max": 4, "type_k": "q8_0", "type_v": "q8_0"},
+    "bf16 and q4_0": {"n_ctx": 4096, "type_k": "bf16", "type_v": "q4_0"},
+    "q4_0 and f16": {"n_ctx": 2048, "n_seq_max": 2, "type_k": "q4_0", "type_v": "f16"},
     "no flash attention": {"n_ctx": 2048, "flash_attention": "off"},
     "small ubatch": {"n_ctx": 8192, "n_ubatch": 64},
     "recent": {"n_ctx": 2048, "kv": {"score": "recent", "window": 7}},
@@ -252,6 +254,8 @@ def test_models_of_real_size(dims: Dims, tmp_path: Path) -> None:
             {"n_ctx": 4096},
             {"n_ctx": 16384, "n_seq_max": 4},
             {"n_ctx": 8192, "type_k": "q8_0", "type_v": "q8_0"},
+            {"n_ctx": 32768, "type_k": "bf16", "type_v": "q4_0", "n_ubatch": 128},
+            {"n_ctx": 65536, "type_k": "q4_0", "type_v": "q8_0"},
             {"n_ctx": 8192, "flash_attention": "off"},
             {"n_ctx": 65536, "n_ubatch": 128},
         ):
