@@ -7,15 +7,17 @@ Three contexts decode single tokens in turns (in one order, then in the other):
     short    no budget, all rows of a prompt as long as --rows, in each of --types: what a budget could reach at most
 
 The prompt of the first is not read token by token: as many as --fill are, and their rows are then multiplied, each
-copy moved to positions of its own (llama_memory_seq_add), into one sequence whose state the measured context takes.
-The second reads as many; its layers' rows are those of the whole length, and full. Slack fills while it is measured,
-and selections, when it is full, count. Reported: seconds for a token, medians, and of each round's ratios
+copy moved to positions of its own (llama_memory_seq_add), into one sequence whose state the measured context takes;
+the third takes the state of the first ones. The second reads twice as many tokens as it has rows on average, so that
+every layer is full. Slack fills while it is measured, and selections, when it is full, count. Reported: seconds for a
+token, medians, and of each round's ratios
 
     against_full     full in F16 / budget: above 1 the budget is faster
     against_own      full in the budget's type / budget, where --full has it
     against_short    short / budget: 1 would be all that there is to gain
 
-and the bytes of KV that the library has allocated. The last line is JSON; --json FILE appends it to that file's list.
+and the bytes of KV that the library has allocated, with a budget also what of them stays after a prompt. The last line
+is JSON; --json FILE appends it to that file's list.
 
 A type is that of K and V, or two with a colon between (q8_0:q4_0).
 
@@ -70,15 +72,25 @@ def read(into: BudgetContext, length: int) -> None:
         into.read(prompt[start : start + 2048])
 
 
+def read_state(model: BudgetModel, options: argparse.Namespace, fill: int, kind: str) -> bytes:
+    """The state of a sequence of so many tokens, read once for all that start with it."""
+    if (fill, kind) not in options.read:
+        with context(model, fill, options, None, kind) as single:
+            read(single, fill)
+            options.read[fill, kind] = single.saved(0)
+    state: bytes = options.read[fill, kind]
+    return state
+
+
 def filled_state(model: BudgetModel, options: argparse.Namespace, depth: int, kind: str) -> bytes:
     """The state of a sequence of ``depth`` tokens, of which the first ``--fill`` were read and the rest are copies."""
     fill = min(options.fill, depth)
     copies = depth // fill
     if copies * fill != depth:
         raise SystemExit(f"a depth of {depth} is no multiple of {fill} tokens: choose another --fill or --depths")
+    first = read_state(model, options, fill, kind)
     with context(model, (depth + 256) // copies + 256, options, None, kind, n_seq=copies, unified=True) as wide:
-        read(wide, fill)
-        first = wide.saved(0)
+        wide.restore(first, 0)
         for copy in range(1, copies):
             wide.restore(first, copy)
             wide.shift(copy, 0, -1, copy * fill)
@@ -101,6 +113,13 @@ def kv_bytes(of: BudgetContext) -> int:
     return sum(row.context for row in measure(of))  # type: ignore[arg-type]  # it asks for the handle alone
 
 
+def kept_bytes(of: BudgetContext) -> int:
+    """Of them what stays after a prompt: not the room in which one is read."""
+    layout = of.layout()
+    assert layout is not None
+    return int(layout.rows_bytes + layout.position_bytes + layout.query_bytes)
+
+
 def seconds(of: BudgetContext, steps: int) -> float:
     """For one token."""
     begun = time.perf_counter()
@@ -119,11 +138,12 @@ def at_depth(model: BudgetModel, options: argparse.Namespace, depth: int) -> lis
         budget = budget_of(options, model.n_layer, depth)
         for kind in options.types:
             ours = sides[f"budget {kind}"] = stack.enter_context(context(model, depth + ROOM, options, budget, kind))
-            ours.read(tokens(min(options.fill, depth)))
+            ours.read(tokens(min(2 * options.rows, depth)))
             short = stack.enter_context(context(model, options.rows + ROOM, options, None, kind))
-            read(short, options.rows)
+            short.restore(filled_state(model, options, options.rows, kind), 0)
             sides[f"short {kind}"] = short
         bytes_of = {name: kv_bytes(side) for name, side in sides.items()}
+        kept_of = {kind: kept_bytes(sides[f"budget {kind}"]) for kind in options.types}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for side in sides.values():
             seconds(side, 2)
@@ -137,6 +157,7 @@ def at_depth(model: BudgetModel, options: argparse.Namespace, depth: int) -> lis
     for kind in options.types:
         ours = times[f"budget {kind}"]
         figures: Figures = {"depth": depth, "rows": options.rows, "type": kind, "threads": options.threads}
+        figures["budget_kept_bytes"] = kept_of[kind]
         others = {"full": "full f16", "own": f"full {kind}", "short": f"short {kind}"}
         others = {key: name for key, name in others.items() if name in sides}
         for key, name in {**others, "budget": f"budget {kind}"}.items():
@@ -158,12 +179,13 @@ def main() -> None:
     parser.add_argument("--types", type=lambda text: text.split(","), default=["f16", "q8_0"], metavar="TYPE,…")
     parser.add_argument("--full", type=lambda text: text.split(","), default=[], metavar="TYPE,…")
     parser.add_argument("--rows", type=int, default=1024, help="mean over the layers (default: %(default)s)")
-    parser.add_argument("--fill", type=int, default=4096, help="tokens that are read (default: %(default)s)")
+    parser.add_argument("--fill", type=int, default=1024, help="tokens that are read (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4, help="tokens in a turn (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="append the result to this file's list")
     options = parser.parse_args()
+    options.read = {}
     with BudgetModel(options.model) as model:
         runs = [figures for depth in options.depths for figures in at_depth(model, options, depth)]
     result = {"benchmark": "kv_decode", "model": options.model.name, "rounds": options.rounds, "runs": runs}
