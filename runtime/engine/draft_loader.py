@@ -38,6 +38,11 @@ def plan_draft(
     model = plan.outline(read_gguf(path))
     if model.kv is None:
         policy = None
+    else:
+        try:
+            plan.check_cache_types(model.kv, settings.type_k, settings.type_v)
+        except UnsupportedError as error:  # the types were asked for the other model's sake
+            raise UnsupportedError(f"the draft model {os.fspath(path)}: {error}") from None
     return plan.plan_memory(
         model, draft_settings(settings, policy, len(model.weights.layers)), gpu_layers=gpu_layers
     )  # fmt: skip

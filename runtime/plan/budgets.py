@@ -139,7 +139,8 @@ def budget_memory(
 
 def _widening(head_length: int, cache_type: str) -> int:
     """Heads that are no whole number of 32-bit words are moved as 16-bit words, each of which takes 32 bits then."""
-    return 2 if row_bytes(head_length, cache_type) % 4 else 1
+    block, size = CACHE_TYPE_BLOCKS[cache_type]
+    return 2 if head_length // block * size % 4 else 1
 
 
 def _times(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +390,12 @@ def test_a_model_that_cannot_have_a_budget_keeps_every_row(
     made = load_draft(spm_path, spm_model, SETTINGS, POLICY)
     assert not made.context.kv_active
     made.close()
+
+
+def test_rows_that_do_not_fit_its_heads_are_refused_by_its_name(tmp_path: Path) -> None:
+    path = model_file(tmp_path / "a.gguf")
+    with pytest.raises(UnsupportedError, match=r"the draft model .*a\.gguf: --cache-type-v q4_0 needs heads"):
+        plan_draft(path, replace(SETTINGS, type_v="q4_0"))
 
 
 def test_its_memory_is_planned(tmp_path: Path) -> None:
