@@ -39,8 +39,8 @@ class Generation:
     """One request on one sequence, from its first prompt token to its last generated one.
 
     ``slot.tokens`` are those whose rows are there; ``pending`` was chosen and has none yet. ``parts`` are the prompt's
-    tokens that are still to be read, piece by piece, ``reader`` reads the first of them. ``reason`` is set when it is
-    done.
+    tokens that are still to be read, ``reader`` reads the first of them; the prompt ``takes_lane`` unless it is read in
+    one piece. ``reason`` is set when it is done.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Generation:
         self.reason: FinishReason | None = None
         self.pending: int | None = None
         self.parts: list[list[int]] = []
+        self.takes_lane = True
         self.reader: PromptReader | None = None
         self.read_seconds = 0.0  # of the piece of the prompt that is being read
         self.n_generated = self.decode_steps = self.drafted = self.accepted = 0

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from ziggurat.runtime.bindings import Batch, Context
-from ziggurat.runtime.engine.speculation import Reader
-from ziggurat.runtime.errors import DecodeAborted, EngineError
-
-
-class PromptReader(Reader, Protocol):
-    """Reads tokens into a sequence. What it raises is what ``Context.decode`` does."""
-
-    @property
-    def output(self) -> int:
-        """Where the logits after the last token are, once it is read."""
-        ...
 
 
 class StepReader:
-    """With a KV budget: a step is a ubatch in one layer, and the sequence is as it was until the last one is done."""
+    """With a KV budget: a step is a ubatch in one layer, and the sequence is as it was until the last one is done.
+
+    Its methods raise what those of ``Context`` do. ``output`` is where the logits after the last token are.
+    """
 
     output = -1
 
@@ -55,49 +46,45 @@ class StepReader:
 
 
 class ChunkReader:
-    """Without a budget: a step is a chunk of as many tokens as ``size`` says, a ubatch at most.
+    """Tokens that are written in place, in chunks: a ubatch at most, and beside those of other sequences in a batch.
 
-    ``batch`` may be used by others between the steps.
+    Without a budget. And with one, where nothing of them is evicted: they are the first ones of a sequence then, and
+    all of them one chunk.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        batch: Batch,
-        sequence: int,
-        tokens: Sequence[int],
-        start: int,
-        size: Callable[[], int] | None = None,
-    ) -> None:
-        self._context, self._batch, self._sequence = context, batch, sequence
+    def __init__(self, context: Context, sequence: int, tokens: Sequence[int], start: int) -> None:
+        self._context, self._sequence = context, sequence
         self._tokens, self._start = tokens, start
-        self._most = min(context.n_ubatch, batch.capacity)
-        self._size = size or (lambda: self._most)
         self.n_read = 0
         self.output = -1
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that are not read yet."""
+        return len(self._tokens) - self.n_read
 
     @property
     def progress(self) -> float:
         """The part of the tokens that is read."""
         return self.n_read / len(self._tokens)
 
-    def step(self) -> bool:
-        """Compute a chunk; after an abort the next one is the same again."""
-        chunk = self._tokens[self.n_read : self.n_read + min(self._most, self._size())]
-        last = self.n_read + len(chunk) == len(self._tokens)
-        position = self._start + self.n_read
-        self._batch.clear()
-        index = self._batch.add(chunk, position, self._sequence, output_last=last)
-        try:
-            self._context.decode(self._batch)
-        except BaseException as error:
-            exact = self._context.remove(self._sequence, position)  # a part of it may have been computed
-            if isinstance(error, DecodeAborted) and not exact:
-                raise EngineError("the reading of a prompt was interrupted, and this model cannot go back") from error
-            raise
-        self.n_read += len(chunk)
-        self.output = index
-        return last
+    def add(self, batch: Batch, n_tokens: int) -> None:
+        """Put the next tokens into a batch, which is to be computed; ``output`` is where the logits of the last are."""
+        chunk = self._tokens[self.n_read : self.n_read + n_tokens]
+        last = n_tokens == self.n_left
+        self.output = batch.add(chunk, self._start + self.n_read, self._sequence, output_last=last)
+
+    def computed(self, n_tokens: int) -> bool:
+        """Take note that they are read; True when these were the last."""
+        self.n_read += n_tokens
+        return not self.n_left
+
+    def restore(self) -> bool:
+        """Remove what was written of a batch that failed; False when the model cannot go back."""
+        return self._context.remove(self._sequence, self._start + self.n_read)
 
     def cancel(self) -> None:
         """Nothing to undo but the rows."""
+
+
+PromptReader = StepReader | ChunkReader

@@ -2,8 +2,9 @@
 
 A tick is at most one of each. While some decode, prompts are read only for ``gap`` - 1 times as long as a decoding step
 takes, but at least one piece: the time between two tokens of a sequence is then at most ``gap`` undisturbed ones and
-one piece of reading. Prompts that are read at the same time take turns, and the last place among them is only for
-short ones, which so never wait for a long one to end.
+one piece of reading. Prompts that are read at the same time take turns. Those that are read in one piece are read with
+as many others as go into it; of the places for the rest the last is only for short ones. So a short prompt never waits
+for a long one to end.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _LOOK_AHEAD = 8
 
 @dataclass(frozen=True)
 class Turns:
-    """How requests share a context of ``n_ctx`` tokens each; ``lanes`` prompts are read at a time."""
+    """How requests share a context of ``n_ctx`` tokens each.
+
+    ``lanes`` prompts are read at a time, besides those that are read in one piece.
+    """
 
     n_ctx: int
     parallel: int
@@ -141,18 +145,22 @@ class Scheduler:
             return
         with self._inbox.lock:
             waiting = list(itertools.islice(self._inbox.waiting, _LOOK_AHEAD))
-        turns = self._turns
         for job in waiting:
-            if len(self.running) >= turns.parallel or self._n_reading() >= turns.lanes:
+            if len(self.running) >= self._turns.parallel:
                 return
-            n_long = sum(generation.n_unread > self._short for generation in self.reading.lanes) if self.ready else 0
-            if n_long >= turns.lanes - 1 > 0 and self.slots.unread(job) > self._short:
-                continue
-            self._inbox.remove(job)
-            self._begin(job)
+            if not self.running or self._has_lane(job):
+                self._inbox.remove(job)
+                self._begin(job)
 
-    def _n_reading(self) -> int:
-        return len(self.reading.lanes) if self.ready else 0
+    def _has_lane(self, job: Job) -> bool:
+        """Whether there is a place among the prompts that are read."""
+        unread = self.slots.unread(job)
+        n_held = len(job.tokens) - unread
+        if not self._shares(job.shared, n_held) and self.reading.in_one_piece(n_held, unread):
+            return True
+        lanes, reading = self._turns.lanes, [each for each in self.reading.lanes if each.takes_lane]
+        n_long = sum(each.n_unread > self._short for each in reading)
+        return len(reading) < lanes and not (n_long >= lanes - 1 > 0 and unread > self._short)
 
     @property
     def _short(self) -> int:
@@ -170,6 +178,7 @@ class Scheduler:
             )
             shared = job.shared if self._shares(job.shared, reused) else reused
             generation.parts = [part for part in (job.tokens[reused:shared], job.tokens[shared:]) if part]
+            generation.takes_lane = shared > reused or not self.reading.in_one_piece(reused, len(job.tokens) - reused)
         except Exception as error:
             _logger.debug("a request could not begin", exc_info=True)
             if slot is not None:

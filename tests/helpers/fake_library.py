@@ -284,6 +284,8 @@ class FakeContext:
                 if following[sequence] > self.settings.n_ctx:
                     self._misuse(f"sequence {sequence} is beyond the context")
                 continue
+            if not held.tokens and count <= min(held.budget):
+                continue  # a prompt that is written in place
             if count > MAX_STEP or not held.tokens:
                 self._misuse(f"{count} tokens of sequence {sequence} are a prompt")
             if any(used + count > most for used, most in zip(held.used, self.capacity, strict=True)):

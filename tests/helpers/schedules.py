@@ -225,7 +225,8 @@ class Run:
         assert len(scheduler.running) <= self.world.parallel
         reading = [generation for generation in scheduler.running if generation.reading]
         assert set(reading) == set(scheduler.reading.lanes)
-        assert len(scheduler.reading.lanes) == len(set(scheduler.reading.lanes)) <= self.world.lanes
+        assert len(scheduler.reading.lanes) == len(reading)
+        assert sum(generation.takes_lane for generation in reading) <= self.world.lanes
         assert {slot.generation for slot in scheduler.slots.all} - {None} == set(scheduler.running)
         for slot, held in zip(scheduler.slots.all, context.sequences, strict=True):
             generation = slot.generation

@@ -126,7 +126,7 @@ def test_who_comes_first_begins_first_but_for_short_ones(lengths: list[int], par
     short = [length <= run.context.n_ubatch for length in lengths]
     for place, first in enumerate(order):
         overtaken = [other for other in order[place + 1 :] if other < first]
-        assert not overtaken or (short[first] and world.lanes > 1)
+        assert not overtaken or short[first]
         assert not any(short[other] for other in overtaken)
 
 
