@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,6 +14,9 @@ from ziggurat.runtime.engine.protocol import Event, GenerationRequest
 from ziggurat.runtime.engine.stream import Channel
 from ziggurat.runtime.errors import DecodeAborted, EngineClosedError, EngineError, QueueFullError
 from ziggurat.runtime.sampler import Sampler
+
+# seconds that an idle engine waits for one more request, and for all that come with the first
+_NEXT_COMPANION, _LAST_COMPANION = 0.003, 0.03
 
 
 @dataclass(eq=False)
@@ -130,10 +134,20 @@ class Inbox:
                 self.request_seconds += 0.2 * (seconds - self.request_seconds)
 
     def wait(self) -> None:
-        """Sleep until there is something to do."""
+        """Sleep until there is something to do.
+
+        When it is a request, look for a moment whether others come with it, as they do from clients that waited for the
+        same step: what is read and decoded together from the beginning takes less time for all of them.
+        """
         with self.lock:
             while not (self.waiting or self.tasks or self.closing):
                 self._work.wait()
+            until = time.monotonic() + _LAST_COMPANION
+            count = 0
+            while count < len(self.waiting) < self._n_running and not self.tasks and not self.closing:
+                count = len(self.waiting)
+                if time.monotonic() < until:
+                    self._work.wait(_NEXT_COMPANION)
 
     def close(self) -> None:
         """Take nothing more."""

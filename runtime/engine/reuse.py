@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ziggurat.runtime.engine.slots import Slot
 
-#: Fewer tokens than these are read sooner than a sequence with them is copied.
-LEAST_FORK = 16
+#: Fewer tokens than these are not reused: they are read sooner than a sequence with them is copied, and a prompt that
+#: begins with nothing can be read beside others where one that goes on cannot.
+LEAST_REUSE = 16
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def usable(prompt: Sequence[int], held: Slot, *, reread: bool) -> int:
     if held.reading or (reread and held.evicted):
         return 0
     common = min(common_prefix(prompt, held.tokens), len(prompt) - 1)
+    if common < LEAST_REUSE:
+        return 0
     return common if common == len(held.tokens) or common >= held.removable_from else 0
 
 
@@ -78,6 +81,6 @@ def place(
         return Placement(best.index, count)
     own = [held for held in free if conversation is not None and held.conversation == conversation]
     target = min(own or others or free, key=oldest)
-    if target is not best and count >= max(LEAST_FORK, counts[target.index] + 1):
+    if target is not best and count > counts[target.index]:
         return Placement(target.index, count, best.index)
     return Placement(target.index, counts[target.index])

@@ -23,7 +23,7 @@ from ziggurat.runtime.engine.drafting import Drafting
 from ziggurat.runtime.engine.generation import Generation, not_begun
 from ziggurat.runtime.engine.protocol import FinishEvent
 from ziggurat.runtime.engine.reading import Reading
-from ziggurat.runtime.engine.reuse import LEAST_FORK
+from ziggurat.runtime.engine.reuse import LEAST_REUSE
 from ziggurat.runtime.engine.slots import Slots
 from ziggurat.runtime.errors import RequestTimeoutError
 
@@ -196,7 +196,7 @@ class Scheduler:
         has room for it as a whole.
         """
         kv = self.serving.context.settings.kv
-        if kv is None or not self.serving.context.kv_active or n_tokens - reused < LEAST_FORK:
+        if kv is None or not self.serving.context.kv_active or n_tokens - reused < LEAST_REUSE:
             return False
         return len(self.slots.all) > self._turns.parallel and n_tokens <= min(kv.rows)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ziggurat.runtime.bindings import Context
-from ziggurat.runtime.engine.reuse import LEAST_FORK, oldest, place, usable
+from ziggurat.runtime.engine.reuse import LEAST_REUSE, oldest, place, usable
 from ziggurat.runtime.errors import ContextError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Slots:
         if any(other.tokens == slot.tokens for other in self.all if other is not slot and not other.reading):
             return
         spare = [other for other in self.all if not other.busy and other is not slot]
-        if spare and len(slot.tokens) >= LEAST_FORK:
+        if spare and len(slot.tokens) >= LEAST_REUSE:
             target = min(reversed(spare), key=lambda other: oldest(other)[:2])  # the last: requests take the first
             target.apart = self._copy(slot, target, len(slot.tokens)) > 0
             self.touch(target)

@@ -131,6 +131,7 @@ class FakeContext:
         self.fired: list[Fault] = []
         self.calls = 0
         self.decoded: list[tuple[float, tuple[int, ...]]] = []  # end and sequences of every decoding step
+        self.prompts: list[tuple[int, ...]] = []  # sequences of every batch with tokens of prompts
         self._outputs: dict[int, list[int]] = {}
 
     def _empty(self) -> Sequence_:
@@ -263,6 +264,8 @@ class FakeContext:
                 self._outputs[place] = list(self.sequences[sequence].tokens)
         if decoding:
             self.decoded.append((self.clock.now, sequences))
+        else:
+            self.prompts.append(sequences)
 
     def _poisoned(self, steps: dict[int, list[int]]) -> bool:
         return any(POISON in self.sequences[sequence].tokens for sequence in steps)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from helpers.fake_library import FakeSampler
+from ziggurat.runtime.engine import admission
 from ziggurat.runtime.engine.admission import Inbox, Job, Task
 from ziggurat.runtime.engine.protocol import GenerationRequest
 from ziggurat.runtime.errors import EngineClosedError, EngineError, QueueFullError
@@ -40,6 +41,22 @@ def test_no_more_than_there_is_room_for_running_ones_included() -> None:
     inbox.end(jobs[0], 6.0)
     assert inbox.request_seconds == 2.0
     inbox.put(job("d"))
+
+
+def test_an_idle_engine_begins_with_the_requests_that_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than can run; or those that came, when none does for a while."""
+    monkeypatch.setattr(admission, "_NEXT_COMPANION", 60.0)
+    monkeypatch.setattr(admission, "_LAST_COMPANION", 60.0)
+    inbox = Inbox(9, 3)
+    threads = [threading.Timer(0.01 * place, inbox.put, [job(name)]) for place, name in enumerate("abc")]
+    for thread in threads:
+        thread.start()
+    inbox.wait()
+    assert len(inbox.waiting) == 3
+    inbox.remove(inbox.waiting[0])
+    monkeypatch.setattr(admission, "_NEXT_COMPANION", 0.001)
+    inbox.wait()
+    assert len(inbox.waiting) == 2
 
 
 def test_an_id_is_one_requests_until_it_has_ended() -> None:

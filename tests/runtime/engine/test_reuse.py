@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ziggurat.runtime.engine.reuse import LEAST_FORK, Placement, common_prefix, place
+from ziggurat.runtime.engine.reuse import LEAST_REUSE, Placement, common_prefix, place
 from ziggurat.runtime.engine.slots import Slot
 
 TEXT = tuple(range(100, 200))
@@ -48,8 +48,9 @@ CASES: dict[str, tuple[list[Slot], Placement | None, dict[str, Any]]] = {
     "another one decodes with its beginning": (
         [held(0, 40, generation=DECODING), held(1)], Placement(1, 40, source=0), {},
     ),
-    "that is too short to be copied": (
-        [held(0, LEAST_FORK - 1, generation=DECODING), held(1)], Placement(1), {},
+    "that is too short to be of use": ([held(0, LEAST_REUSE - 1), held(1)], Placement(1), {}),
+    "or to be copied": (
+        [held(0, LEAST_REUSE - 1, generation=DECODING), held(1)], Placement(1), {},
     ),
     "a small part of what is held is copied": (
         [held(0, (*TEXT[:20], *range(60))), held(1)], Placement(1, 20, source=0), {},

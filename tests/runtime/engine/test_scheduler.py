@@ -173,6 +173,35 @@ def test_prompts_are_read_while_others_decode_as_the_gap_allows() -> None:
     assert ticks[1] <= 3
 
 
+@pytest.mark.parametrize("kind", ["plain", "budget", "recurrent"])
+def test_short_prompts_that_wait_together_are_read_together(kind: Any) -> None:
+    """As many as go into a ubatch; so they answer together from then on."""
+    asks = [Ask(text(length, length), 4) for length in (9, 4, 12, 3)]
+    run = Run(World(kind, parallel=4, cached=0, lanes=1), asks)
+    run.to_the_end()
+    assert run.context.prompts == [(0, 1, 3), (2,)]
+    assert len(run.context.decoded) <= 4
+
+
+def test_a_short_prompt_is_read_beside_the_end_of_a_long_one() -> None:
+    run = Run(World("plain", parallel=2, cached=0, lanes=1), [Ask(text(36, 1), 2), Ask(text(12, 2), 2, arrives=2)])
+    run.to_the_end()
+    assert run.context.prompts[-1] == (0, 1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "budget"])
+def test_when_prompts_fail_together_only_those_are_lost_that_fail_alone(kind: Any) -> None:
+    asks = [Ask(text(length, length), 4) for length in (4, 5, 6)]
+    together = Fault(0, ContextError("no room"))
+    for first_alone in (None, DecodeError("failed", -3)):
+        faults = [together, *([Fault(1, first_alone)] if first_alone else [])]
+        run = Run(World(kind, parallel=3, cached=0), asks, faults)
+        outcomes = run.to_the_end()
+        assert len(run.context.fired) == len(faults)
+        assert [outcomes[place].error for place in range(3)] == [first_alone, None, None]
+        assert run.context.prompts == [(0,), (1,), (2,)][1 if first_alone else 0 :]
+
+
 def test_two_long_prompts_take_turns() -> None:
     run = Run(World("budget", parallel=3, cached=0, lanes=3), [Ask(text(150, 1), 1), Ask(text(150, 2), 1)])
     run.to_the_end()

@@ -46,10 +46,10 @@ def test_a_beginning_is_continued_cut_or_copied(kind: Any) -> None:
     fill(slots, context, 0, TEXT[:20])
     slot, reused = slots.prepare(job(TEXT[:40]))
     assert (slot.index, reused) == (0, 20)
-    slot, reused = slots.prepare(job(TEXT[:15] + [50, 51]))
-    assert (slot.index, reused) == (0, 15)
-    assert context.sequences[0].tokens == slot.tokens == TEXT[:15]
-    fill(slots, context, 0, TEXT[15:24])
+    slot, reused = slots.prepare(job(TEXT[:17] + [50, 51]))
+    assert (slot.index, reused) == (0, 17)
+    assert context.sequences[0].tokens == slot.tokens == TEXT[:17]
+    fill(slots, context, 0, TEXT[17:24])
     other = slots.all[1]
     slots.keep_apart(slots.all[0])
     apart = slots.all[2]
