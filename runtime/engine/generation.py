@@ -91,12 +91,16 @@ class Generation:
         parts, reader = list(self.parts), self.reader  # asked from other threads as well
         left = sum(map(len, parts))
         done = reader.progress * len(parts[0]) if parts and reader is not None else 0.0
-        return 1.0 - (left - done) / self.n_unread
+        return 1.0 - (left - done) / max(1, self.n_unread)
 
     def prompt_read(self, rows: tuple[int, ...]) -> None:
         """The prompt is read, and these rows are in use in each layer."""
         self._prompt_done = self._last = self._clock()
         self._prompt_rows, self._read = rows, True
+
+    def prompt_copied(self, read: Generation) -> None:
+        """The prompt is the same as another one's, which was read, and so was its sequence."""
+        self.prompt_read(read._prompt_rows)
 
     def choose(self, index: int) -> TokenEvent | None:
         """Choose the next token from the logits at ``index`` of the context's last batch; it is then pending.

@@ -24,7 +24,8 @@ Piece = tuple[Generation, ChunkReader, int]
 class Reading:
     """Reads prompts into the sequences of one context, and chooses the first token after each.
 
-    ``lanes`` are the requests whose prompts are read. ``samples_on_device``: see ``device_sampling.worthwhile``.
+    ``lanes`` are the requests whose prompts are read. ``fork`` is told when one is, and returns other requests with the
+    same prompt, on copies of its sequence. ``samples_on_device``: see ``device_sampling.worthwhile``.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Reading:
         *,
         samples_on_device: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        fork: Callable[[Generation], Sequence[Generation]] = lambda _read: (),
     ) -> None:
         self.lanes: deque[Generation] = deque()
         self.rate = Rate()
@@ -42,6 +44,7 @@ class Reading:
         self._batch = serving.batch
         self._slots, self._counts = slots, counts
         self._samples_on_device = samples_on_device
+        self._fork = fork
         self._clock = clock
         self._chunk_rate = Rate()
         self._patience = 0.0
@@ -190,20 +193,20 @@ class Reading:
         """Take note of parts that are read; after the last one of a prompt choose a token."""
         ended: list[Ended] = []
         for generation in generations:
+            reader = generation.reader
+            assert reader is not None
             try:
                 self._finish_part(generation)
             except Exception as error:
                 ended += self._failed(generation, error)
                 continue
-            if generation.reason is not None:
-                ended.append((generation, None))
-            elif self._samples_on_device and not generation.reading:
-                generation.sample_on_device()
+            if not generation.parts:
+                for other in (generation, *self._fork(generation)):
+                    ended += self._choose(other, reader.output)
         return ended
 
     def _finish_part(self, generation: Generation) -> None:
-        slot, reader = generation.slot, generation.reader
-        assert reader is not None
+        slot = generation.slot
         part = generation.parts.pop(0)
         generation.reader = None
         slot.tokens += part
@@ -212,14 +215,23 @@ class Reading:
         generation.read_seconds = 0.0
         if generation.parts:
             self._slots.keep_apart(slot)
-            return
-        self.discard(generation)
+        else:
+            self.discard(generation)
+            generation.prompt_read(self._rows(slot.index, len(slot.tokens)))
+
+    def _choose(self, generation: Generation, index: int) -> list[Ended]:
+        """Choose the first token from the logits at ``index``."""
         self._counts.prompt_tokens += len(generation.job.tokens)
         self._counts.reused_tokens += len(generation.job.tokens) - generation.n_unread
-        generation.prompt_read(self._rows(slot.index, len(slot.tokens)))
-        event = generation.choose(reader.output)
-        if event is not None:
-            generation.job.channel.push(event)
+        try:
+            event = generation.choose(index)
+            if event is not None:
+                generation.job.channel.push(event)
+            if self._samples_on_device and generation.reason is None:
+                generation.sample_on_device()
+        except Exception as error:
+            return [(generation, error)]
+        return [(generation, None)] if generation.reason is not None else []
 
     def _rows(self, sequence: int, n_tokens: int) -> tuple[int, ...]:
         """Return the rows in use in each layer."""

@@ -13,7 +13,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ziggurat.runtime.engine.admission import Inbox, Job
 from ziggurat.runtime.engine.contexts import Serving
@@ -21,29 +20,16 @@ from ziggurat.runtime.engine.counts import Counts, presentable
 from ziggurat.runtime.engine.decoding import Decoding
 from ziggurat.runtime.engine.drafting import Drafting
 from ziggurat.runtime.engine.generation import Generation, not_begun
+from ziggurat.runtime.engine.places import Places, Turns, serves
 from ziggurat.runtime.engine.protocol import FinishEvent
 from ziggurat.runtime.engine.reading import Reading
-from ziggurat.runtime.engine.reuse import LEAST_REUSE
-from ziggurat.runtime.engine.slots import Slots
+from ziggurat.runtime.engine.slots import Slot, Slots
 from ziggurat.runtime.errors import RequestTimeoutError
 
 _logger = logging.getLogger(__name__)
 
 # how many of those that wait are looked at for a short one
 _LOOK_AHEAD = 8
-
-
-@dataclass(frozen=True)
-class Turns:
-    """How requests share a context of ``n_ctx`` tokens each.
-
-    ``lanes`` prompts are read at a time, besides those that are read in one piece.
-    """
-
-    n_ctx: int
-    parallel: int
-    lanes: int
-    gap: float
 
 
 class Scheduler:
@@ -70,6 +56,7 @@ class Scheduler:
         self.slots: Slots
         self.decoding: Decoding
         self.reading: Reading
+        self.places: Places
         self._inbox, self._turns, self._serving_for, self._clock = inbox, turns, serving_for, clock
         self._drafting = drafting
         self._samples_on_device = samples_on_device
@@ -81,8 +68,14 @@ class Scheduler:
             self.slots = Slots(serving.context)
             self.decoding = Decoding(serving, self._drafting, self._clock)
             self.reading = Reading(
-                serving, self.slots, self.counts, samples_on_device=self._samples_on_device, clock=self._clock
+                serving,
+                self.slots,
+                self.counts,
+                samples_on_device=self._samples_on_device,
+                clock=self._clock,
+                fork=self._fork,
             )
+            self.places = Places(self._turns, serving, self.slots, self.reading)
             self.ready = True
 
     def tick(self) -> bool:
@@ -148,24 +141,37 @@ class Scheduler:
         for job in waiting:
             if len(self.running) >= self._turns.parallel:
                 return
-            if not self.running or self._has_lane(job):
+            if not self.running or self.places.free(job):
                 self._inbox.remove(job)
                 self._begin(job)
 
-    def _has_lane(self, job: Job) -> bool:
-        """Whether there is a place among the prompts that are read."""
-        unread = self.slots.unread(job)
-        n_held = len(job.tokens) - unread
-        if not self._shares(job.shared, n_held) and self.reading.in_one_piece(n_held, unread):
-            return True
-        lanes, reading = self._turns.lanes, [each for each in self.reading.lanes if each.takes_lane]
-        n_long = sum(each.n_unread > self._short for each in reading)
-        return len(reading) < lanes and not (n_long >= lanes - 1 > 0 and unread > self._short)
+    def _fork(self, read: Generation) -> list[Generation]:
+        """Begin the requests that wait with a prompt that was just read, on copies of its sequence."""
+        forks: list[Generation] = []
+        with self._inbox.lock:
+            alike = [job for job in self._inbox.waiting if serves(read, job)]
+        for job in alike:
+            slot = self._copy(read.slot) if len(self.running) < self._turns.parallel else None
+            if slot is None:
+                break  # they are read later, then
+            self._inbox.remove(job)
+            try:
+                fork = self._generation(job, slot, len(job.tokens))
+            except Exception as error:
+                self._could_not_begin(job, slot, error)
+                continue
+            fork.prompt_copied(read)
+            self.slots.name(slot, job.request.conversation)
+            self._occupy(slot, fork)
+            forks.append(fork)
+        return forks
 
-    @property
-    def _short(self) -> int:
-        """Tokens of a prompt that are read in one piece."""
-        return self.serving.context.n_ubatch
+    def _copy(self, source: Slot) -> Slot | None:
+        try:
+            return self.slots.fork(source)
+        except Exception:  # of neither request
+            _logger.warning("a sequence could not be copied", exc_info=True)
+            return None
 
     def _begin(self, job: Job) -> None:
         slot = None
@@ -173,32 +179,29 @@ class Scheduler:
             if self._serving_for is not None:
                 self.use(self._serving_for(len(job.tokens)))
             slot, reused = self.slots.prepare(job)
-            generation = Generation(
-                job, slot, reused, context=self.serving.context, kv=self.serving.kv, clock=self._clock
-            )
-            shared = job.shared if self._shares(job.shared, reused) else reused
+            generation = self._generation(job, slot, reused)
+            shared = job.shared if self.places.shares(job.shared, reused) else reused
             generation.parts = [part for part in (job.tokens[reused:shared], job.tokens[shared:]) if part]
             generation.takes_lane = shared > reused or not self.reading.in_one_piece(reused, len(job.tokens) - reused)
         except Exception as error:
-            _logger.debug("a request could not begin", exc_info=True)
-            if slot is not None:
-                self.slots.clear(slot)
-            self._refuse(job, error)
+            self._could_not_begin(job, slot, error)
             return
-        slot.generation = generation
-        self.running.append(generation)
+        self._occupy(slot, generation)
         self.reading.lanes.append(generation)
 
-    def _shares(self, n_tokens: int, reused: int) -> bool:
-        """Whether a prompt's beginning is worth a sequence of its own, from which later prompts begin.
+    def _generation(self, job: Job, slot: Slot, reused: int) -> Generation:
+        serving = self.serving
+        return Generation(job, slot, reused, context=serving.context, kv=serving.kv, clock=self._clock)
 
-        Only where rows are evicted: what keeps all of them can begin another prompt anyway. And only when every layer
-        has room for it as a whole.
-        """
-        kv = self.serving.context.settings.kv
-        if kv is None or not self.serving.context.kv_active or n_tokens - reused < LEAST_REUSE:
-            return False
-        return len(self.slots.all) > self._turns.parallel and n_tokens <= min(kv.rows)
+    def _occupy(self, slot: Slot, generation: Generation) -> None:
+        slot.generation = generation
+        self.running.append(generation)
+
+    def _could_not_begin(self, job: Job, slot: Slot | None, error: Exception) -> None:
+        _logger.debug("a request could not begin", exc_info=error)
+        if slot is not None:
+            self.slots.clear(slot)
+        self._refuse(job, error)
 
     def _end(self, generation: Generation, error: Exception | None = None) -> None:
         """Take a request off its sequence, which keeps what it holds unless something went wrong."""

@@ -91,6 +91,19 @@ class Slots:
         self.name(slot, request.conversation)
         return slot, reused
 
+    def fork(self, source: Slot) -> Slot | None:
+        """Copy a sequence as it is into one that is not busy; None when the library refuses, or all are."""
+        free = [other for other in self.all if not other.busy and other is not source]
+        if not free:
+            return None
+        target = min(free, key=oldest)
+        target = self._replace(target, self._aside(target))
+        if not self._copy(source, target, len(source.tokens)):
+            return None
+        self.touch(target)
+        target.apart = False
+        return target
+
     def _aside(self, slot: Slot) -> Slot:
         """Return the free sequence in whose place a prompt had better run: beside those in use.
 

@@ -14,7 +14,8 @@ from ziggurat.runtime.bindings import devices, supports_gpu_offload
 from ziggurat.runtime.engine.admission import Inbox
 from ziggurat.runtime.engine.drafters import make_drafting
 from ziggurat.runtime.engine.loader import Loaded, load
-from ziggurat.runtime.engine.scheduler import Scheduler, Turns
+from ziggurat.runtime.engine.places import Turns
+from ziggurat.runtime.engine.scheduler import Scheduler
 from ziggurat.runtime.engine.settings import EngineSettings
 from ziggurat.runtime.engine.slots import Slots
 from ziggurat.runtime.errors import ConversationError, EngineClosedError, EngineError

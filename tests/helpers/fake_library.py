@@ -120,7 +120,7 @@ class FakeContext:
         self.capacity = tuple(count + slack for count in rows)
         kv = KVSettings(tuple(rows), window=8, slack=slack, n_reading=n_reading) if kind == "budget" else None
         self.settings = SimpleNamespace(n_seq_max=n_seq, n_ctx=n_ctx, kv=kv)
-        self.model = SimpleNamespace(vocab=FakeVocab(), n_layer=self.n_layer)
+        self.model = SimpleNamespace(vocab=FakeVocab(), n_layer=self.n_layer, recurrent=kind == "recurrent")
         self.n_ubatch, self.n_batch, self.n_reading = n_ubatch, n_batch, n_reading
         self.kv_active = kind == "budget"
         self.abort = Abort()

@@ -12,8 +12,9 @@ from ziggurat.runtime.engine.contexts import Serving
 from ziggurat.runtime.engine.drafting import Drafting
 from ziggurat.runtime.engine.generation import KVFigures
 from ziggurat.runtime.engine.ngram import NgramDrafter
+from ziggurat.runtime.engine.places import Turns
 from ziggurat.runtime.engine.protocol import FinishEvent, GenerationRequest, TokenEvent
-from ziggurat.runtime.engine.scheduler import Scheduler, Turns
+from ziggurat.runtime.engine.scheduler import Scheduler
 from ziggurat.runtime.errors import EngineClosedError, QueueFullError, RequestTimeoutError
 
 MOST_TICKS = 30_000
@@ -278,7 +279,7 @@ class Run:
         stats = outcome.finish.stats
         assert stats.generated_tokens == len(outcome.tokens)
         assert stats.prompt_tokens == len(ask.prompt)
-        assert 0 <= stats.reused_tokens < len(ask.prompt)
+        assert 0 <= stats.reused_tokens <= len(ask.prompt)
         assert stats.queue_seconds >= 0 <= stats.time_to_first_token_s
         assert stats.accepted_tokens + stats.decode_steps + 1 >= stats.generated_tokens
 

@@ -66,6 +66,8 @@ def asks(draw: st.DrawFn, world: World, earlier: list[Ask]) -> Ask:
         longer = follow_up(draw(st.sampled_from(earlier)), world, text(draw(st.integers(1, 20)), 7), **values)
         if len(longer.prompt) < 200:
             return longer
+    elif earlier and draw(st.booleans()):
+        return Ask(draw(st.sampled_from(earlier)).prompt, **values)  # the same once more, or again
     return Ask(prompt, **values)
 
 
@@ -200,6 +202,28 @@ def test_when_prompts_fail_together_only_those_are_lost_that_fail_alone(kind: An
         assert len(run.context.fired) == len(faults)
         assert [outcomes[place].error for place in range(3)] == [first_alone, None, None]
         assert run.context.prompts == [(0,), (1,), (2,)][1 if first_alone else 0 :]
+
+
+@pytest.mark.parametrize("kind", ["plain", "budget", "window", "recurrent"])
+@pytest.mark.parametrize("length", [10, 100])
+def test_the_same_prompt_is_read_once_for_all_that_wait(kind: Any, length: int) -> None:
+    """Also when rows of it are evicted, so that nothing could go on from before its end."""
+    asks = [Ask(text(length, 1), 9, seed=place) for place in range(3)]
+    run = Run(World(kind, parallel=3, cached=0), [*asks, Ask(text(length, 1), 9, arrives=1, reread=True)])
+    run.to_the_end()
+    stats = [outcome.finish.stats for outcome in run.outcomes.values() if outcome.finish]
+    assert [each.reused_tokens for each in stats[:3]] == [0, length, length]
+    assert run.scheduler.counts.prompt_tokens == 4 * length
+
+
+def test_what_another_prompt_begins_with_is_waited_for() -> None:
+    """Unless that one is so long that to read it beside that takes less time."""
+    start = text(60, 1)
+    for rest, reused in ((20, 60), (180, 0)):
+        asks = [Ask(start + text(rest, 2), 1), Ask(start + text(10, 3), 1)]
+        run = Run(World("plain", parallel=3, cached=0, lanes=3), asks)
+        finish = run.to_the_end()[1].finish
+        assert finish is not None and finish.stats.reused_tokens == reused
 
 
 def test_two_long_prompts_take_turns() -> None:
