@@ -72,6 +72,23 @@ def test_eight_requests_get_what_each_gets_alone(engine: LlamaEngine) -> None:
     assert stats.kv_bytes <= stats.kv_bytes_allocated <= stats.kv_bytes_planned <= 1.05 * stats.kv_bytes_allocated
 
 
+def test_the_same_prompt_is_read_once_for_all_that_wait(engine: LlamaEngine) -> None:
+    """With a budget its rows are evicted, so that only a copy at its very end goes on as it does."""
+    request = ask(tokens(400, 1), 20, logprobs=2)
+    streams = [engine.stream(replace(request, id=name)) for name in "abc"]
+    together = [answer(stream) for stream in streams]
+    assert sorted(each.end.stats.reused_tokens for each in together) == [0, 400, 400]
+    alone = answer(engine.stream(replace(request, reread=True, id="d")))
+    assert all(agree(each, alone) for each in together) and alone.tie > 10
+
+
+def test_short_prompts_together_get_what_each_gets_alone(engine: LlamaEngine) -> None:
+    requests = [ask(tokens(length, salt), 12, logprobs=2) for salt, length in enumerate((9, 17, 30, 12))]
+    alone = [answer(engine.stream(replace(each, reread=True, id=str(n)))) for n, each in enumerate(requests)]
+    streams = [engine.stream(request) for request in requests]
+    assert all(map(agree, [answer(stream) for stream in streams], alone))
+
+
 def test_a_second_turn_reads_only_what_is_new(engine: LlamaEngine, kv: KVPolicy | None) -> None:
     first = tokens(400)
     first_answer, done = finish(engine, ask(first, conversation="a"))
