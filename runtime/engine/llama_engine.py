@@ -90,7 +90,7 @@ class LlamaEngine:
         _cancel(worker, job)
         return True
 
-    def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
+    def embed(self, texts: Sequence[str | Sequence[int]], *, wanted: Callable[[], bool] = lambda: True) -> Embeddings:
         """Return embeddings; see ``Engine.embed``."""
         worker = self._ready()
         embedder = worker.loaded.embedder
@@ -99,7 +99,13 @@ class LlamaEngine:
         tokens = [embedder.encode(text) if isinstance(text, str) else list(text) for text in texts]
         embedder.check(tokens)
         job = embedder.start(tokens)
-        embeddings: Embeddings = _wait(worker, Task(job.result, job.step))
+
+        def step() -> bool:
+            if not wanted():
+                raise EngineError("the embeddings are wanted no more")
+            return job.step()
+
+        embeddings: Embeddings = _wait(worker, Task(job.result, step))
         return embeddings
 
     def encode(self, request: GenerationRequest) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -286,10 +286,12 @@ class Engine(Protocol):
         """End a request at its next step with reason ``cancelled``. False if it is not queued or running."""
         ...
 
-    def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
+    def embed(self, texts: Sequence[str | Sequence[int]], *, wanted: Callable[[], bool] = lambda: True) -> Embeddings:
         """Return the embeddings of texts, or of their tokens, pooled as the model says.
 
-        Raises UnsupportedError where there are none, PromptTooLongError, TokenError and EngineError.
+        ``wanted`` is asked between batches of texts, in the engine's thread: once it says False nothing more is
+        computed. Raises UnsupportedError where there are none, PromptTooLongError, TokenError and EngineError, which is
+        also the end of what is not wanted.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import threading
 from typing import Any
 
 import anyio
@@ -58,11 +59,14 @@ async def _embed(request: Request, state: ServerState, body: EmbeddingsRequest) 
     limiter: anyio.CapacityLimiter | None = getattr(app.state, "embedding_limiter", None)
     if limiter is None:  # belongs to an event loop, so that it cannot be made before there is one
         limiter = app.state.embedding_limiter = anyio.CapacityLimiter(_AT_ONCE)
-    work = functools.partial(state.engine.embed, body.texts())
+    left = threading.Event()
+    work = functools.partial(state.engine.embed, body.texts(), wanted=lambda: not left.is_set())
     try:
         return await anyio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
     except InvalidRequestError as error:
         raise api_error(error, "input") from error
+    finally:
+        left.set()
 
 
 def _floats(vector: Any) -> list[float]:

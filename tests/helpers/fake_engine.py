@@ -67,6 +67,7 @@ class FakeEngine:
         self._closed = False
         self._threads: list[threading.Thread] = []
         self.requests: list[GenerationRequest] = []
+        self.embedded = self.unwanted = 0  # texts that were, and calls that were not finished
         self.conversations: dict[str, KeptRows] = {}
 
     def load(self) -> ModelInfo:
@@ -120,10 +121,16 @@ class FakeEngine:
             cancelled.set()
         return cancelled is not None
 
-    def embed(self, texts: Sequence[str | Sequence[int]]) -> Embeddings:
-        """Return vectors of the texts' lengths."""
-        if any(not text for text in texts):
-            raise InvalidRequestError("text 0 has no tokens, and there is nothing to embed")
+    def embed(self, texts: Sequence[str | Sequence[int]], *, wanted: Callable[[], bool] = lambda: True) -> Embeddings:
+        """Return vectors of the texts' lengths, ``delay`` seconds after each other."""
+        for text in texts:
+            if not text:
+                raise InvalidRequestError("text 0 has no tokens, and there is nothing to embed")
+            if not wanted():
+                self.unwanted += 1
+                raise EngineError("not wanted")
+            time.sleep(self._delay)
+            self.embedded += 1
         vectors = np.array([[len(text), 0.5, -1.25] for text in texts], dtype=np.float32)
         return Embeddings(vectors, sum(map(len, texts)))
 

@@ -17,9 +17,11 @@ from helpers.tiny_models import Shape
 from ziggurat.runtime import lora, plan
 from ziggurat.runtime.bindings import Context, ContextSettings, Model, measure
 from ziggurat.runtime.engine.embedding import Embedder, embedding_settings
+from ziggurat.runtime.engine.llama_engine import LlamaEngine
 from ziggurat.runtime.engine.loader import Loaded, load
 from ziggurat.runtime.engine.settings import EngineSettings
 from ziggurat.runtime.errors import (
+    EngineError,
     ContextError,
     DecodeAborted,
     InvalidRequestError,
@@ -246,6 +248,15 @@ def test_a_context_refuses_what_the_library_aborts_on(bert: Path) -> None:
         batch.add([5] * 17, 0, 0, output_last=False)
         with pytest.raises(ContextError, match="17 tokens have to be computed at once, and here 16 are"):
             context.decode(batch)
+
+
+def test_what_is_wanted_no_more_is_not_computed(bert: Path) -> None:
+    with LlamaEngine(bert, EngineSettings(n_ctx=64, threads=1, embeddings=True)) as engine:
+        engine.load()
+        answers = iter((True, True, False))
+        with pytest.raises(EngineError, match="wanted no more"):
+            engine.embed([[5, 6, 7]] * 200, wanted=lambda: next(answers))
+        assert engine.embed([[5, 6, 7]]).prompt_tokens == 3
 
 
 # --- loading

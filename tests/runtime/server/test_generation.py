@@ -34,7 +34,7 @@ def exchange(path: str, **fields: Any) -> Exchange:
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.005)
@@ -65,6 +65,23 @@ def test_a_client_that_leaves_cancels_everything(path: str, stream: bool, n: int
         await until(lambda: idle(engine))
 
     asyncio.run(run())
+
+
+def test_a_client_that_leaves_ends_its_embeddings() -> None:
+    engine = FakeEngine(delay=0.01, info=replace(INFO, embedding_size=3))
+    app = create_app(engine)
+    scope = scope_of("POST", "/v1/embeddings", [("content-type", "application/json")])
+
+    async def run() -> None:
+        request = Exchange(scope, [json.dumps({"input": ["a"] * 2000}).encode()])
+        task = asyncio.ensure_future(request.run(app))
+        await until(lambda: engine.embedded)
+        request.leave()
+        await asyncio.wait_for(asyncio.gather(task, return_exceptions=True), 20)
+        await until(lambda: engine.unwanted)
+
+    asyncio.run(run())
+    assert engine.embedded < 2000
 
 
 @WAYS
