@@ -21,9 +21,9 @@ from ziggurat.runtime.engine.llama_engine import LlamaEngine
 from ziggurat.runtime.engine.loader import Loaded, load
 from ziggurat.runtime.engine.settings import EngineSettings
 from ziggurat.runtime.errors import (
-    EngineError,
     ContextError,
     DecodeAborted,
+    EngineError,
     InvalidRequestError,
     PromptTooLongError,
     TokenError,

