@@ -86,6 +86,7 @@ class Inbox:
         self.request_seconds = 1.0  # how long requests ran lately
         self._capacity, self._n_running = capacity, n_running
         self._jobs: dict[str, Job] = {}
+        self._most = 0  # of them at a time, since the engine was last idle
         self._work = threading.Condition(self.lock)
 
     @property
@@ -104,6 +105,7 @@ class Inbox:
                 self.refused += 1
                 raise QueueFullError(self.limit, self.request_seconds * (1 + self.limit) / self._n_running)
             self._jobs[job.request.id] = job
+            self._most = max(self._most, len(self._jobs))
             self.waiting.append(job)
             self._work.notify()
 
@@ -136,14 +138,16 @@ class Inbox:
     def wait(self) -> None:
         """Sleep until there is something to do.
 
-        When it is a request, look for a moment whether others come with it, as they do from clients that waited for the
-        same step: what is read and decoded together from the beginning takes less time for all of them.
+        When it is a request, and lately there were several at a time, look for a moment whether others come with it, as
+        they do from clients that waited for the same step: what is read and decoded together from the beginning takes
+        less time for all of them.
         """
         with self.lock:
+            alone, self._most = self._most < 2, 0
             while not (self.waiting or self.tasks or self.closing):
                 self._work.wait()
             until = time.monotonic() + _LAST_COMPANION
-            count = 0
+            count = len(self.waiting) if alone else 0
             while count < len(self.waiting) < self._n_running and not self.tasks and not self.closing:
                 count = len(self.waiting)
                 if time.monotonic() < until:

@@ -73,6 +73,12 @@ def _run(make: Callable[[], Loaded], settings: EngineSettings, ready: Future[Wor
         loaded.model.close()
 
 
+def _yields() -> bool:
+    """Whether the threads that hand events on get no core before this one lets go of it: with a real-time policy."""
+    policy = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
+    return policy is not None and policy in (os.SCHED_FIFO, os.SCHED_RR)
+
+
 class Worker:
     """What the engine's thread does. Knows nothing of the engine, so that the engine can be let go of."""
 
@@ -111,11 +117,14 @@ class Worker:
     def serve(self) -> None:
         """Work until the inbox closes; what is left then ends with EngineClosedError."""
         end: Exception = EngineClosedError("the engine was closed before this request ended")
+        yields = _yields()
         try:
             while not self.inbox.closing:
                 try:
                     if not self.scheduler.tick():
                         self.inbox.wait()
+                    elif yields:
+                        os.sched_yield()
                 except Exception as error:  # outside any one request: those that come next can be served
                     _logger.exception("the engine failed")
                     self.scheduler.give_up(error)

@@ -48,6 +48,12 @@ def test_an_idle_engine_begins_with_the_requests_that_come_together(monkeypatch:
     monkeypatch.setattr(admission, "_NEXT_COMPANION", 60.0)
     monkeypatch.setattr(admission, "_LAST_COMPANION", 60.0)
     inbox = Inbox(9, 3)
+    inbox.put(job("0"))
+    inbox.wait()  # for no other: none came beside one yet
+    inbox.put(job("1"))
+    for first in list(inbox.waiting):
+        inbox.remove(first)
+        inbox.end(first)
     threads = [threading.Timer(0.01 * place, inbox.put, [job(name)]) for place, name in enumerate("abc")]
     for thread in threads:
         thread.start()
