@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ziggurat.runtime import plan
-from ziggurat.runtime.bindings import Batch, Context, ContextSettings, KVSettings, Model
+from ziggurat.runtime.bindings import Batch, Context, ContextSettings, Model
 from ziggurat.runtime.engine.generation import KVFigures
 from ziggurat.runtime.kv_policy import KVPolicy
 
@@ -97,7 +97,7 @@ class Contexts:
             return KVFigures(full, full, full, plan.rows_per_layer(self._shape, settings.n_ctx, n_ubatch=n_ubatch))
         assert settings.kv is not None
         kept = layout.kept_bytes // settings.n_seq_max
-        reading = (layout.total_bytes - layout.kept_bytes) // _lanes(settings.kv, settings.n_seq_max)
+        reading = (layout.total_bytes - layout.kept_bytes) // settings.kv.n_reading
         return KVFigures(
             bytes=kept,
             peak=kept + reading,
@@ -105,7 +105,3 @@ class Contexts:
             rows_per_layer=context.kv_capacity(),
             endless=layout.stage_rows > 0,
         )
-
-
-def _lanes(kv: KVSettings, n_seq: int) -> int:
-    return min(kv.n_reading, n_seq)

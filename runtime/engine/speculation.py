@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from ziggurat.runtime.engine.pace import Costs, Pace, Price, shares
 
 if TYPE_CHECKING:
-    from ziggurat.runtime.bindings import Context
+    pass
 
 _logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Speculation:
 
     ``drafters`` are asked in this order, each for the sequences for which those before had nothing: prompt lookup,
     which costs nothing, before a draft model. At most ``limit`` tokens are proposed for a sequence. A drafter that
-    fails is logged and not asked any more. ``costs`` may be told beforehand what steps take.
+    fails is logged and not asked any more.
     """
 
     def __init__(
@@ -198,27 +198,6 @@ class Speculation:
         """Close the drafters. Idempotent."""
         for source in self._sources:
             source.drafter.close()
-
-
-def measure_steps(context: Context, costs: Costs, sizes: Sequence[int] = (1, 4, MAX_DRAFT + 1)) -> None:
-    """Tell ``costs`` what steps of these sizes take in an empty context; its rows are forgotten.
-
-    Worth it before the first request: who never tried sixteen tokens does not know how cheap they may be. Each size is
-    computed twice, the first time to make room for it. Raises what ``Context.decode`` raises.
-    """
-    batch = context.new_batch()
-    for size in sizes:
-        seconds = 0.0
-        for _ in range(2):
-            context.clear()
-            batch.clear()
-            batch.add([0] * size, 0, 0, output_last=True)
-            batch.want(0, size)
-            started = time.perf_counter()
-            context.decode(batch)
-            seconds = time.perf_counter() - started
-        costs.record(size, seconds)
-    context.clear()
 
 
 class _Source:

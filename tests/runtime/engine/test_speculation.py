@@ -18,7 +18,6 @@ from ziggurat.runtime.engine.speculation import (
     Reader,
     Speculation,
     Wanted,
-    measure_steps,
     verified,
 )
 
@@ -317,12 +316,3 @@ def test_a_new_request_begins_anew() -> None:
         made.record({0: (3, 0)}, 4, 1.2)
     made.begin(0)
     assert made.propose([Wanted(0, [1, 2], 3)])[0]
-
-
-def test_steps_are_measured(spm_model: Model) -> None:
-    made = Speculation([])
-    with Context(spm_model, ContextSettings(n_ctx=256, n_threads=1)) as context:
-        measure_steps(context, made.costs)
-        assert context.last_position(0) == -1
-    assert made.costs.fresh(1) and made.costs.fresh(16)
-    assert 0 < made.costs.step(1) < 1.0

@@ -29,7 +29,7 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-PATIENCE = 20.0  # seconds in which a busy machine gets to anything
+PATIENCE = 60.0  # seconds in which a busy machine gets to anything
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
