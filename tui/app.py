@@ -93,7 +93,7 @@ class ChatApp(App[None]):
         if self.parts.store is None:
             self.notify("Chats are not kept", severity="warning")
             return
-        store = self.parts.store
+        store, session = self.parts.store, self.chat.session
 
         def chosen(name: str | None) -> None:
             if name is not None:
@@ -101,7 +101,7 @@ class ChatApp(App[None]):
             else:
                 self.chat.chats.retitle()
 
-        self.push_screen(SessionsScreen(store, self.chat.session.conversation.id, query), chosen)
+        self.push_screen(SessionsScreen(store, session.conversation.id, query, now=session.now), chosen)
 
     def _fatal_error(self) -> None:
         """End with a line instead of a traceback; the log has that."""

@@ -69,7 +69,7 @@ class Session:
         self.error: BackendError | None = None
         self._figures = FiguresKeeper(clock)
         self._recorder: Recorder = recorder or NoRecorder()
-        self._now, self._retries = now, retries
+        self.now, self._retries = now, retries
         self._listeners: list[Listener] = []
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
@@ -178,7 +178,7 @@ class Session:
     def _say(self, parent: str | None, text: str, attachments: tuple[Attachment, ...]) -> Message:
         self._assert_idle()
         conversation = self.conversation
-        message = Message(new_id(), parent, "user", text, self._now(), attachments)
+        message = Message(new_id(), parent, "user", text, self.now(), attachments)
         is_first = not conversation.messages
         if is_first and not conversation.title:
             conversation.title = title_of(text or (attachments[0].name if attachments else ""))
@@ -195,7 +195,7 @@ class Session:
 
     def _answer(self, asked: str | None) -> None:
         self.error, self._stopped = None, False
-        answer = Message(new_id(), asked, "assistant", "", self._now(), model=self.model)
+        answer = Message(new_id(), asked, "assistant", "", self.now(), model=self.model)
         self.conversation.add(answer)
         self._tell(Added(answer))
         self._task = asyncio.get_running_loop().create_task(self._run(RunningAnswer(answer)))

@@ -1,33 +1,32 @@
 """The main screens, in two sizes and two themes, against what they looked like when somebody looked at them.
 
-A snapshot is the screen's text, and the colours on it with the number of cells that have them. After a change that is
-meant: ``ZIGGURAT_SNAPSHOTS=write python -m pytest tests/tui/test_snapshots.py``, and look at the difference.
+After a change that is meant: ``python -m pytest tests/tui/test_snapshots.py --snapshot-update``, and look at the
+pictures that changed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from textual.app import App
+from textual.pilot import Pilot
 
 from helpers.fake_backend import Answer, FakeBackend, FakeHost, kept_pyramid
-from helpers.screens import screen_text, shows, until
+from helpers.screens import settled, shows, shows_behind, until
 from ziggurat.tui.app import ChatApp
 from ziggurat.tui.backend import ModelSetup, Timings, Usage
+from ziggurat.tui.conversation import Conversation, Message
 from ziggurat.tui.parts import ChatParts
 from ziggurat.tui.session import Session
 from ziggurat.tui.settings import Settings
+from ziggurat.tui.store import Store
 
-pytestmark = pytest.mark.asyncio
-
-SNAPSHOTS = Path(__file__).parent / "snapshots"
 SIZES = {"80x24": (80, 24), "200x60": (200, 60)}
 THEMES = ("ziggurat-dusk", "ziggurat-noon")
+HOUR, DAY = 3600.0, 86400.0
 
 ANSWER = """## Storeys
 
@@ -48,67 +47,97 @@ def rows(layer: int) -> int:
 """
 
 
-def looks(app: App[Any]) -> str:
-    """Return the screen's text and its colours."""
-    colours: Counter[str] = Counter()
-    for strip in app.screen._compositor.render_strips():
-        for segment in strip:
-            style = segment.style
-            if style is not None:
-                front = style.color.name if style.color is not None else "-"
-                back = style.bgcolor.name if style.bgcolor is not None else "-"
-                colours[f"{front} on {back}"] += len(segment.text)
-    table = "\n".join(f"{count:6} {colour}" for colour, count in sorted(colours.items()))
-    return f"{screen_text(app)}\n\n{table}\n"
+async def chat(pilot: Pilot[Any]) -> None:
+    """Say something and have it answered."""
+    app = pilot.app
+    assert isinstance(app, ChatApp)
+    session = app.chat.session
+    await until(pilot, lambda: session.backend is not None and app.chat.prompt.area.has_focus)
+    app.chat.prompt.area.insert("How are rows shared out?")
+    await pilot.press("enter")
+    await until(pilot, lambda: len(session.conversation.messages) == 2 and not session.busy)
+    await shows(pilot, "return most - layer * step", "100 tokens · 42.0 tok/s", "○ ready", "ctx 400/4096", "fake")
 
 
-def check(app: App[Any], name: str) -> None:
-    path = SNAPSHOTS / f"{name}.txt"
-    seen = looks(app)
-    if os.environ.get("ZIGGURAT_SNAPSHOTS") == "write":
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(seen, encoding="utf-8")
-    assert seen == path.read_text(encoding="utf-8"), f"{path} differs"
+async def kv_view(pilot: Pilot[Any]) -> None:
+    await chat(pilot)
+    await pilot.press("f4")
+    await shows(pilot, "rows held", "20/20", "layer 0, stretch 1", "w0 w1", "budget", "KV 32.00 MiB of 128.00 MiB")
+
+
+async def models(pilot: Pilot[Any]) -> None:
+    await chat(pilot)
+    await pilot.press("f3")
+    await shows(pilot, "Search models", "small.gguf", "context 8192", "is not a GGUF file")
+
+
+async def chats(pilot: Pilot[Any]) -> None:
+    await chat(pilot)
+    await pilot.press("f2")
+    await shows(pilot, "How are rows shared out?", "★ Pyramids of Ur", "2 h ago", "3 days ago · 1 message")
+
+
+async def help_screen(pilot: Pilot[Any]) -> None:
+    await chat(pilot)
+    await pilot.press("f1")
+    await shows(pilot, "Keys and commands", "Ctrl+J", "/help")
+
+
+SCREENS: dict[str, Callable[[Pilot[Any]], Awaitable[None]]] = {
+    "chat": chat,
+    "kv": kv_view,
+    "models": models,
+    "chats": chats,
+    "help": help_screen,
+}
+
+
+def earlier_chats(now: float) -> Store:
+    times = [now]
+    store = Store(None, now=lambda: times[-1])
+    for title, age in (("Pyramids of Ur", 3 * DAY), ("A recipe for barley bread", 2 * HOUR)):
+        times.append(now - age)
+        conversation = Conversation(title=title)
+        store.begin(conversation)
+        store.add(conversation.id, Message(title, None, "user", title, times[-1]))
+        store.pin(conversation.id, title.startswith("Pyramids"))
+    times.append(now)
+    return store
 
 
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("size", SIZES)
-async def test_the_screens_look_as_they_did(size: str, theme: str) -> None:
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_screens_look_as_they_did(snap_compare: Any, screen: str, size: str, theme: str) -> None:
+    now = 1_700_000_000.0
     answer = Answer(
         [ANSWER], usage=Usage(300, 100), timings=Timings(0.25, 900.0, 42.0, kv_bytes=32 << 20, kv_bytes_full=128 << 20)
     )
-    backend = FakeBackend([answer], kept=kept_pyramid())
-    session = Session(None, retries=())
-    host = FakeHost(make=lambda _: backend)
-    setup = ModelSetup(Path("/models/small.gguf"), kv_budget="100")
-    app = ChatApp(ChatParts(session, host=host, setup=setup, settings=Settings(theme=theme)))
-    async with app.run_test(size=SIZES[size]) as pilot:
-        app.chat.prompt.area.cursor_blink = False
-        await until(pilot, lambda: session.backend is not None)
-        app.chat.prompt.area.insert("How are rows shared out?")
-        await pilot.press("enter")
-        await until(pilot, lambda: not session.busy)
-        await shows(pilot, "100 tokens · 42.0 tok/s", "○ ready", "ctx 400/4096", "fake")
-        session._figures._meter.start()  # the sparkline tells the time that the test took
-        app.chat.figures.show()
-        await pilot.pause(0.1)
-        check(app, f"chat-{size}-{theme}")
-        await pilot.press("f4")
-        await shows(pilot, "rows held", "layer 0, stretch 1", "next prompt")
-        app.chat.kv_panel.view.map.focus()
-        await pilot.pause(0.1)
-        check(app, f"kv-{size}-{theme}")
-        await pilot.press("f4", "f3")
-        await shows(pilot, "small.gguf", "is not a GGUF file")
-        app.screen.chooser.field.cursor_blink = False  # type: ignore[attr-defined]
-        await pilot.pause(0.1)
-        check(app, f"models-{size}-{theme}")
-        await pilot.press("escape", "f1")
-        await shows(pilot, "Keys and commands")
-        await pilot.pause(0.1)
-        check(app, f"help-{size}-{theme}")
+    host = FakeHost(make=lambda _: FakeBackend([answer], kept=kept_pyramid()))
+    failed: list[BaseException] = []
+
+    async def show(pilot: Pilot[Any]) -> None:
+        try:
+            await SCREENS[screen](pilot)
+            if screen not in ("chat", "kv") and size == "200x60":
+                await shows_behind(pilot, "return most - layer * step", "100 tokens · 42.0 tok/s", "○ ready")
+            await settled(pilot)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    with earlier_chats(now) as store:
+        session = Session(None, retries=(), recorder=store, clock=lambda: 0.0, now=lambda: now)
+        setup = ModelSetup(Path("/models/small.gguf"), kv_budget="100")
+        app = ChatApp(ChatParts(session, host=host, setup=setup, store=store, settings=Settings(theme=theme)))
+        try:
+            same = snap_compare(app, terminal_size=SIZES[size], run_before=show)
+        except AssertionError as error:
+            raise failed[0] if failed else error from None
+    assert same
 
 
+@pytest.mark.asyncio
 async def test_without_colour_everything_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     hold = asyncio.Event()

@@ -74,7 +74,7 @@ class RenameScreen(ModalScreen[str | None]):
 
 
 class SessionsScreen(ModalScreen[str | None]):
-    """Lets one choose a chat; dismissed with its name."""
+    """Lets one choose a chat; dismissed with its name. ``now`` tells seconds since the epoch."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Leave"),
@@ -85,9 +85,9 @@ class SessionsScreen(ModalScreen[str | None]):
         Binding("ctrl+z", "undo", "Undo", priority=True),
     ]
 
-    def __init__(self, store: Chats, current: str, query: str = "") -> None:
+    def __init__(self, store: Chats, current: str, query: str = "", *, now: Callable[[], float] = time.time) -> None:
         super().__init__()
-        self._store, self._current, self._query = store, current, query
+        self._store, self._current, self._query, self._now = store, current, query, now
         self._deleted: list[str] = []
         self._found: dict[str, Summary] = {}
         self.chooser = Chooser(search=self._search, placeholder="Search in all chats", empty="No chat has that.")
@@ -110,7 +110,7 @@ class SessionsScreen(ModalScreen[str | None]):
             self.notify(str(error), severity="error")
             return []
         self._found = {each.id: each for each in found}
-        now = time.time()
+        now = self._now()
         return [self._choice(each, now) for each in found]
 
     def _choice(self, each: Summary, now: float) -> Choice:
