@@ -149,7 +149,7 @@ def serve(context: click.Context, /, config: Path | None, verbose: bool, **_opti
     def load(phase: Phase, url: str) -> ASGIApp:
         click.echo(f"ziggurat: {planned(model, serving_settings(options))}", err=True)
         app = create_app(engine, settings, phase)
-        _announce(engine.load(), url, settings)
+        _announce(engine.load(phase.load_progress), url, settings)
         return app
 
     with engine:

@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from rich.console import RenderableType
 from rich.text import Text
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
 from ziggurat.tui.backend import BackendError
+from ziggurat.tui.ends import Ends
 from ziggurat.tui.parts import ChatParts
 from ziggurat.tui.screens.chat import ChatScreen
 from ziggurat.tui.screens.help import HelpScreen
@@ -45,10 +47,22 @@ class ChatApp(App[None]):
         chosen = parts.settings.theme
         self.theme = chosen if chosen in self.available_themes else THEMES[0].name
         self.chat = ChatScreen(parts)
+        self._quitting = False
+        self._ends = Ends(self, self._quit)
 
     def on_mount(self) -> None:
-        """Show the chat."""
+        """Show the chat, and end in order when told to by a signal."""
         self.push_screen(self.chat)
+        self._ends.listen()
+
+    def on_unmount(self) -> None:
+        """Leave signals alone."""
+        self._ends.forget()
+
+    def panic(self, *renderables: RenderableType) -> None:
+        """End with what is said; or in order, if nobody can read it because the terminal is gone."""
+        if not self._ends.terminal_gone():
+            super().panic(*renderables)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """Add what the chat can do to the palette."""
@@ -112,6 +126,12 @@ class ChatApp(App[None]):
 
     async def action_quit(self) -> None:
         """End what runs, keep the model's rows where that is possible, and leave."""
+        await self._quit(0)
+
+    async def _quit(self, code: int) -> None:
+        if self._quitting:
+            return
+        self._quitting = True
         session, host = self.chat.session, self.parts.host
         self.chat.loader.cancel()
         with contextlib.suppress(BackendError, asyncio.TimeoutError):
@@ -126,4 +146,4 @@ class ChatApp(App[None]):
         if host is not None:
             with contextlib.suppress(BackendError, asyncio.TimeoutError):
                 await asyncio.wait_for(host.close(), 5)
-        self.exit()
+        self.exit(return_code=code)

@@ -28,7 +28,7 @@ class BackendError(Exception):
     """A failure that a person can be told in one line: what happened, and what to do about it.
 
     ``retryable`` says that the same request may succeed later without any change, ``retry_after_s`` when, as far as
-    the server has told.
+    the server has told; ``load_progress`` is the part of the model that a server which loads it has, 0.0 to 1.0.
     """
 
     def __init__(
@@ -39,10 +39,12 @@ class BackendError(Exception):
         kind: ErrorKind = "failed",
         retryable: bool = False,
         retry_after_s: float | None = None,
+        load_progress: float | None = None,
     ) -> None:
         super().__init__(f"{message}: {remedy}" if remedy else message)
         self.message, self.remedy, self.kind = message, remedy, kind
         self.retryable, self.retry_after_s = retryable, retry_after_s
+        self.load_progress = load_progress
 
 
 @dataclass(frozen=True)

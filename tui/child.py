@@ -7,6 +7,7 @@ closed it or died in whatever way, the process is told to end, and ends at the l
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -36,6 +37,8 @@ def main() -> None:
     os.dup2(nothing, _LEASH_FD)
     os.close(nothing)
     threading.Thread(target=_hold, args=(leash,), daemon=True, name="leash").start()
+    # the chat asks twice a second how things are, which nobody wants to read in its log
+    logging.getLogger("ziggurat.runtime.server.middleware.log").setLevel(logging.WARNING)
     from ziggurat.runtime.cli import main as ziggurat
 
     try:

@@ -98,13 +98,7 @@ def complete(text: str, values: Mapping[str, Callable[[], Sequence[str]]] | None
         return []
     name, space, argument = text[1:].partition(" ")
     if not space:
-        return [
-            Completion(
-                f"/{each.name} " if each.arguments else f"/{each.name}", f"/{each.name} {each.arguments}", each.help
-            )
-            for each in COMMANDS
-            if each.name.startswith(name.lower())
-        ]
+        return [_completion(each) for each in COMMANDS if each.name.startswith(name.lower())]
     return [Completion(f"/{name} {each}", each) for each in _values(name.lower(), argument.lstrip(), values or {})]
 
 

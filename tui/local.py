@@ -52,8 +52,8 @@ class LocalBackend:
         )
         http = self._http = HttpBackend(process.address, api_key=process.api_key, log=str(self._log))
         try:
-            while not await self._ready(process, http):
-                tell(self._loading(process))
+            while (loading := await self._loading(process, http)) is not None:
+                tell(loading)
                 await asyncio.sleep(_POLL_S)
             tell(Loading("ready", 1.0))
         except BaseException:
@@ -134,21 +134,16 @@ class LocalBackend:
             assert self._http is not None
             return self._http
 
-    async def _ready(self, process: ServerProcess, http: HttpBackend) -> bool:
+    async def _loading(self, process: ServerProcess, http: HttpBackend) -> Loading | None:
+        """Ask how far it is; None when it takes requests."""
         if not process.alive:
             raise process.death()
         try:
-            return await http.ready()
+            return await http.loading()
         except BackendError as error:
             if error.kind == "lost":  # it does not listen yet
-                return False
+                return Loading("starting its process")
             raise
-
-    def _loading(self, process: ServerProcess) -> Loading:
-        """Say how far it is: by the memory it has, of what was planned."""
-        resident = resident_bytes(process.pid)
-        total = self.planned.total
-        return Loading(f"loading {self.setup.path.name}", min(resident / total, 0.99) if total and resident else None)
 
     async def _explained(self, error: BackendError) -> BackendError:
         """Return why a request got lost: the process may have died, which shows a moment later."""
@@ -211,7 +206,7 @@ class LocalHost:
     async def load(self, setup: ModelSetup, tell: Callable[[Loading], None]) -> LocalBackend:
         """End what runs and start this instead; see ``Host``."""
         async with self._one:
-            tell(Loading(f"planning {setup.path.name}"))
+            tell(Loading("planning its memory"))
             planned = await self.plan(setup)
             if planned.shortage is not None:
                 raise BackendError(f"{setup.path.name} {planned.shortage}", kind="refused")

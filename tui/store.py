@@ -75,12 +75,7 @@ class Store:
             self._database = sqlite3.connect(path or ":memory:", timeout=_WAIT_S, isolation_level=None)
         try:
             with self._told():
-                for pragma in (
-                    "journal_mode = WAL",
-                    "synchronous = NORMAL",
-                    "foreign_keys = ON",
-                    "secure_delete = FAST",
-                ):
+                for pragma in _PRAGMAS:
                     self._database.execute(f"PRAGMA {pragma}")
                 migrate(self._database)
             self.purge(_UNDO_S)

@@ -1,4 +1,7 @@
-"""What is served before there is an application: while the model loads, every request is told so."""
+"""What is served before there is an application: while the model loads, every request is told so.
+
+How much of the weights is loaded, 0.000 to 1.000, stands in the header ``X-Load-Progress``.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,6 @@ class Front:
         if self._app is not None:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            headers = {"Retry-After": str(_RETRY_AFTER_S)}
+            headers = {"Retry-After": str(_RETRY_AFTER_S), "X-Load-Progress": f"{self._phase.loaded:.3f}"}
             error = ApiError(503, "the model is being loaded", code="model_loading", headers=headers)
             await refuse(scope, receive, send, error)

@@ -39,12 +39,18 @@ class Phase:
 
     def __init__(self, state: State = "ready") -> None:
         self.state: State = state
+        #: The part of the weights that is loaded, 0.0 to 1.0.
+        self.loaded = 0.0
         self._running: set[Running] = set()
 
     @property
     def running(self) -> int:
         """Requests that run now, those for health and metrics not counted."""
         return len(self._running)
+
+    def load_progress(self, part: float) -> None:
+        """Take how much of the weights is loaded; from any thread."""
+        self.loaded = part
 
     @contextmanager
     def request(self) -> Iterator[Running]:

@@ -41,7 +41,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {os.environ['ZIGGURAT_API_KEY']}":
             return self.answer(401, {"error": {"message": "no key"}})
         if "slow" in MODEL.stem and not MODEL.with_suffix(".go").exists():
-            return self.answer(503, {"error": {"message": "the model is being loaded", "code": "model_loading"}})
+            error = {"message": "the model is being loaded", "code": "model_loading"}
+            return self.answer(503, {"error": error}, headers={"X-Load-Progress": "0.250"})
         self.answer(200, {"/health": {"status": "ok"}, "/props": PROPS, "/slots": SLOTS}.get(self.path, {}))
 
     def do_POST(self) -> None:
@@ -52,11 +53,15 @@ class Handler(BaseHTTPRequestHandler):
         chunk = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}
         self.answer(200, f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n", "text/event-stream")
 
-    def answer(self, status: int, body: Any, kind: str = "application/json") -> None:
+    def answer(
+        self, status: int, body: Any, kind: str = "application/json", headers: dict[str, str] | None = None
+    ) -> None:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 

@@ -296,9 +296,9 @@ async def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
 async def test_loading_shows_progress_and_can_be_cancelled() -> None:
     host = FakeHost(hold=asyncio.Event(), steps=(Loading("reading weights", 0.25), Loading("ready", 1.0)))
     async with chatting(host=host, setup=ModelSetup(Path("/m/small.gguf"))) as (pilot, _, session):
-        await shows(pilot, "small.gguf: reading weights", "25%")
+        await shows(pilot, "small.gguf (800.00 MiB in all): reading weights", "25%", " s ", "◌ loading")
         await pilot.press("h", "i", "escape")
-        await shows(pilot, "loading small.gguf was cancelled")
+        await shows(pilot, "loading small.gguf was cancelled", "○ no model")
         assert session.backend is None and chat(pilot).prompt.text == "hi"
 
 
@@ -467,5 +467,5 @@ async def test_a_fault_of_the_app_is_a_line_and_in_the_log(caplog: pytest.LogCap
             app.call_later(fail)
             await pilot.pause(0.2)
     assert "of ours" in caplog.text
-    printed = "".join(str(segment.text) for each in app._exit_renderables for segment in each.segments)  # type: ignore
-    assert "Traceback" not in printed
+    printed = [segment.text for each in app._exit_renderables for segment in each.segments]  # type: ignore[union-attr]
+    assert "Traceback" not in "".join(printed)

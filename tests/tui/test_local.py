@@ -130,7 +130,7 @@ def test_loading_is_told_and_can_be_cancelled(folder: Path) -> None:
     async def work() -> None:
         it, told = host(folder), []
         loading = asyncio.ensure_future(it.load(ModelSetup(folder / "slow.gguf"), told.append))
-        while not (folder / "slow.asked").exists() or told[-1].message != "loading slow.gguf":
+        while not (folder / "slow.asked").exists() or told[-1] != Loading("reading its weights", 0.25):
             await asyncio.sleep(0.01)
         pid = asked(folder, "slow")["pid"]
         loading.cancel()

@@ -18,7 +18,7 @@ from ziggurat.tui.api.address import Address
 from ziggurat.tui.api.chunks import ChatChunks
 from ziggurat.tui.api.connection import Connection
 from ziggurat.tui.api.errors import not_a_chat
-from ziggurat.tui.backend import BackendError, ChatEvent, ChatRequest, Done, Progress, Status
+from ziggurat.tui.backend import BackendError, ChatEvent, ChatRequest, Done, Loading, Progress, Status
 from ziggurat.tui.kept import Kept
 
 # a server of ours sends a comment every 15 s; of others nothing is known, and prompts may take long to read
@@ -145,15 +145,17 @@ class HttpBackend:
         await self.stop()
         await self._server.close()
 
-    async def ready(self) -> bool:
-        """Ask whether the server takes requests now. Raises BackendError, but not while it loads (False)."""
+    async def loading(self) -> Loading | None:
+        """Ask how far a server is that loads its model; None when it takes requests. Raises BackendError."""
         try:
             await self._server.get("/health")
         except BackendError as error:
-            if error.kind == "loading":
-                return False
-            raise
-        return True
+            if error.kind != "loading":
+                raise
+            if error.load_progress is not None and error.load_progress >= 1:
+                return Loading("making its caches")
+            return Loading("reading its weights", error.load_progress or None)
+        return None
 
     async def _state(self, conversation: str, what: str) -> bool:
         if not (await self._describe()).ours:

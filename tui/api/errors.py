@@ -40,7 +40,9 @@ def connection_error(error: Exception, address: Address, *, log: str = "") -> Ba
 def answer_error(status: int, body: bytes, headers: Mapping[str, str], address: Address) -> BackendError:
     """Return what an answer means that is not a success."""
     found = _error_object(body)
-    return _of(status, found, address, _seconds(headers.get("retry-after")))
+    error = _of(status, found, address, _number(headers.get("retry-after")))
+    error.load_progress = _number(headers.get("x-load-progress"))
+    return error
 
 
 def event_error(data: Any, address: Address) -> BackendError:
@@ -123,7 +125,7 @@ def _phrase(status: int) -> str:
         return "unknown status"
 
 
-def _seconds(text: str | None) -> float | None:
+def _number(text: str | None) -> float | None:
     try:
         return max(0.0, float(text)) if text is not None else None
     except ValueError:

@@ -41,7 +41,7 @@ from ziggurat.tui.widgets.transcript import Transcript
 _WELCOME = """\
 There is no model yet. Three ways to one:
   convert MODEL OUT.gguf        makes a GGUF of a Hugging Face model
-  ziggurat chat OUT.gguf        talks to it; F3 lists the ones of your folders
+  ziggurat chat OUT.gguf        talks to it; F3 lists those you have
   ziggurat chat --connect URL   talks to a server that runs already"""
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ziggurat.tui.backend import BackendError
+from ziggurat.tui.figures import Figures
 from ziggurat.tui.widgets.background import background
+from ziggurat.tui.widgets.status_bar import Activity
 
 if TYPE_CHECKING:
     from ziggurat.tui.screens.chat import ChatScreen
@@ -32,7 +34,13 @@ class FiguresWatch:
         """Show the readouts."""
         session = self._screen.session
         error = self._lost if not session.busy else ""
-        self._screen.status_bar.show(session.figures(), session.state, session.model, error=error)
+        if session.backend is None and not session.busy:
+            activity: Activity = "loading" if self._screen.loader.loading else "no model"
+            self._screen.status_bar.show(Figures(), activity, "")
+            return
+        figures = session.figures()
+        activity = "connecting" if figures.status is None and session.state == "idle" else session.state
+        self._screen.status_bar.show(figures, activity, session.model, error=error)
 
     def ask(self) -> None:
         """Ask the server, unless a question is out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -62,8 +63,9 @@ class Loader:
 
     async def _load(self, setup: ModelSetup) -> None:
         assert self.host is not None
-        name = setup.path.name
+        name, started = setup.path.name, time.monotonic()
         try:
+            self._tell(name, Loading("planning its memory"))
             planned = await self.host.plan(setup)
             if planned.shortage is not None:
                 self._banner.say(f"{name} is not loaded: {planned.shortage}", "error", "loading")
@@ -71,7 +73,10 @@ class Loader:
             await self._session.stop()
             self._session.backend = None
             self.current = setup
-            backend = await self.host.load(setup, lambda loading: self._tell(name, loading))
+            about = f"{name} ({human_bytes(planned.total)} in all)"
+            backend = await self.host.load(
+                setup, lambda loading: self._tell(about, loading, f" · {time.monotonic() - started:.0f} s")
+            )
             self._session.backend = backend
             self._banner.clear("loading", "error")
             self._done()
@@ -81,9 +86,9 @@ class Loader:
         except BackendError as error:
             self._banner.say(f"{error}\nCtrl+R tries again, F3 chooses another model", "error", "loading")
 
-    def _tell(self, name: str, loading: Loading) -> None:
+    def _tell(self, about: str, loading: Loading, since: str = "") -> None:
         part = f" {bar(loading.fraction, 20)} {loading.fraction:.0%}" if loading.fraction is not None else ""
-        self._banner.say(f"{name}: {loading.message}{part}   Esc cancels", "progress", "loading")
+        self._banner.say(f"{about}: {loading.message}{part}{since}   Esc cancels", "progress", "loading")
 
 
 def with_budget(setup: ModelSetup, budget: str, policy: str) -> ModelSetup:

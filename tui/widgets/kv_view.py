@@ -31,7 +31,7 @@ class KvMap(ScrollView):
     KvMap { height: 1fr; min-height: 3; background: $surface; scrollbar-size-vertical: 1; }
     KvMap > .kv--budget { color: $primary; }
     KvMap > .kv--heat { color: $accent; }
-    KvMap > .kv--label { color: $text-muted; }
+    KvMap > .kv--label { color: $foreground; }
     """
     COMPONENT_CLASSES = {"kv--budget", "kv--heat", "kv--label"}
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -17,6 +18,19 @@ from ziggurat.tui.widgets.sparkline import bar, sparkline
 AMBER, RED = 0.75, 0.9
 _SPARK = 16
 
+#: What the session does; or that there is nobody to do anything, nobody yet, or nobody has answered yet.
+Activity = State | Literal["no model", "loading", "connecting"]
+_ACTIVITIES: dict[Activity, str] = {
+    "no model": "○ no model",
+    "loading": "◌ loading",
+    "connecting": "◌ connecting",
+    "idle": "○ ready",
+    "waiting": "◌ waiting",
+    "reading": "◐ reading",
+    "answering": "● answering",
+    "retrying": "↻ trying again",
+}
+
 
 @dataclass(frozen=True)
 class Readout:
@@ -27,9 +41,9 @@ class Readout:
     style: str = ""
 
 
-def readouts(figures: Figures, state: State, model: str, *, error: str = "") -> list[Readout]:
+def readouts(figures: Figures, state: Activity, model: str, *, error: str = "") -> list[Readout]:
     """Return what is to be read of the figures, in its order on the line; unknown ones are left out."""
-    found = [Readout(_activity(figures, state, error), 0, "error" if error else "state")]
+    found = [Readout(f"✗ {error}", 0, "error") if error else Readout(_ACTIVITIES[state], 0, "state")]
     status = figures.status
     if figures.progress is not None or state == "reading":
         part = figures.progress or 0.0
@@ -77,7 +91,7 @@ class StatusBar(Widget):
         super().__init__(id=id)
         self._found: list[Readout] = []
 
-    def show(self, figures: Figures, state: State, model: str, *, error: str = "") -> None:
+    def show(self, figures: Figures, state: Activity, model: str, *, error: str = "") -> None:
         """Show figures."""
         found = readouts(figures, state, model, error=error)
         if found != self._found:
@@ -94,13 +108,6 @@ class StatusBar(Widget):
             style = self.get_component_rich_style(name, partial=True) if name in self.COMPONENT_CLASSES else ""
             line.append(each.text, style)
         return line
-
-
-def _activity(figures: Figures, state: State, error: str) -> str:
-    if error:
-        return f"✗ {error}"
-    names = {"idle": "○ ready", "waiting": "◌ waiting", "reading": "◐ reading", "answering": "● answering"}
-    return names.get(state, "↻ trying again")
 
 
 def _context(figures: Figures) -> list[Readout]:

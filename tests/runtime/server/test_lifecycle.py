@@ -138,6 +138,7 @@ def test_while_the_model_loads() -> None:
     with fake_server(loading=600) as (process, url):
         got = until(lambda: get(f"{url}/health"), "nothing answers")
         assert (got.status_code, got.json()["error"]["code"]) == (503, "model_loading")
+        assert got.headers["X-Load-Progress"] == "0.000"
         assert httpx.post(f"{url}/v1/completions", json={}, timeout=PATIENCE).status_code == 503
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0

@@ -182,6 +182,13 @@ async def test_the_context_is_amber_and_red_and_says_so_without_colour(used: int
     assert context.style == style and context.text.endswith(mark)
 
 
+@pytest.mark.parametrize(
+    ("activity", "said"), [("no model", "○ no model"), ("loading", "◌ loading"), ("connecting", "◌ connecting")]
+)
+async def test_nothing_is_ready_before_there_is_a_model(activity: Any, said: str) -> None:
+    assert [each.text for each in readouts(Figures(), activity, "")] == [said]
+
+
 async def test_the_status_bar_shows_reading() -> None:
     status = StatusBar()
     async with hosting(status) as (pilot, _):
