@@ -66,9 +66,11 @@ class FiguresKeeper:
         self._usage: Usage | None = None
         self._timings: Timings | None = None
         self._tokens, self._rate = 0, 0.0
+        self._untold = 0
 
     def start(self) -> None:
         """Begin with a request."""
+        self._untold = 0
         self._sent, self._running = self._clock(), True
         self._progress, self._first, self._tokens, self._rate = None, None, 0, 0.0
         self._timings = None
@@ -77,7 +79,7 @@ class FiguresKeeper:
     def forget(self) -> None:
         """Begin with a conversation of which nothing is known."""
         self._usage = self._timings = self._progress = self._first = None
-        self._tokens, self._running, self._rate = 0, False, 0.0
+        self._tokens, self._running, self._rate, self._untold = 0, False, 0.0, 0
         self._meter.start()
 
     def take(self, event: ChatEvent) -> None:
@@ -92,9 +94,9 @@ class FiguresKeeper:
             self._tokens += event.tokens
         elif isinstance(event, Done):
             self.end()
-            self._usage = event.usage or self._usage
             self._timings = event.timings
             if event.usage is not None:
+                self._usage, self._untold = event.usage, 0
                 self._tokens = event.usage.generated_tokens
 
     def end(self) -> None:
@@ -102,14 +104,15 @@ class FiguresKeeper:
         if self._running:
             self._running = False
             self._rate = self._meter.mean()
+            self._untold = self._tokens  # of a stopped answer nobody tells the usage
 
     def now(self) -> Figures:
         """Return what is known."""
         usage, timings, progress = self._usage, self._timings, self._progress
         answering = self._first is not None
         used = usage.prompt_tokens + usage.generated_tokens if usage is not None else 0
-        if self._running:
-            used += self._tokens  # of the prompt that runs only what is known from the turn before
+        # of a prompt that runs, or was answered in part, only what is known from the turn before
+        used += self._tokens if self._running else self._untold
         rate = self._meter.rate() if self._running else timings.decode_tokens_per_second if timings else self._rate
         first = self._first
         if timings is not None and not self._running:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.runtime.errors import ZigguratError
+from ziggurat.runtime.options import KV_POLICIES
 from ziggurat.tui.backend import BackendError, ModelFile, ModelSetup, Planned
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ def _plan(setup: ModelSetup, parallel: int, freed: int) -> Planned:
     from ziggurat.runtime.gguf_file import read_gguf
     from ziggurat.runtime.plan.machine import this_machine
 
+    if setup.kv_policy is not None and setup.kv_policy not in KV_POLICIES:
+        raise BackendError(
+            f"there is no policy {setup.kv_policy!r}", f"write one of {', '.join(KV_POLICIES)}", kind="refused"
+        )
     try:
         file = read_gguf(setup.path)
         machine = this_machine()
@@ -41,7 +46,7 @@ def _plan(setup: ModelSetup, parallel: int, freed: int) -> Planned:
             plans.insert(0, _plan_of(file, setup, parallel, gpu_layers=setup.gpu_layers or layers + 1))
     except ZigguratError as error:
         raise BackendError(str(error), kind="refused") from None
-    return _planned(plans, machine)
+    return replace(_planned(plans, machine), rows=_rows(file, setup, plans[0].settings.n_ctx))
 
 
 def _planned(plans: list[MemoryPlan], machine: Machine) -> Planned:
@@ -62,9 +67,22 @@ def _planned(plans: list[MemoryPlan], machine: Machine) -> Planned:
         kv_full=budget.full if budget is not None else kv,
         free=machine.gpu_free if chosen.gpus else machine.available,
         n_ctx=chosen.settings.n_ctx,
-        rows=budget.kv.rows if budget is not None else (),
         shortage=lacks[0] if len(lacks) == len(plans) and all(lacks) else None,
     )
+
+
+def _rows(file: GGUFFile, setup: ModelSetup, n_ctx: int) -> tuple[int, ...]:
+    """Return the rows that each layer keeps of the longest prompt. What is allocated is for prompts of any length."""
+    from ziggurat.runtime.kv_policy import policy_of
+    from ziggurat.runtime.plan import outline
+
+    policy = policy_of(_kv_options(setup))
+    shape = outline(file).kv
+    return policy.rows(shape.n_layer, n_ctx) if policy is not None and shape is not None else ()
+
+
+def _kv_options(setup: ModelSetup) -> dict[str, Any]:
+    return {"kv_budget": setup.kv_budget, "kv_policy": setup.kv_policy}
 
 
 def _only_slow(plan: MemoryPlan, machine: Machine) -> bool:
@@ -77,12 +95,11 @@ def _plan_of(file: GGUFFile, setup: ModelSetup, parallel: int, *, gpu_layers: in
     from ziggurat.runtime.plan import outline, plan_memory
 
     model = outline(file)
-    options: dict[str, Any] = {"kv_budget": setup.kv_budget, "kv_policy": setup.kv_policy}
     settings = EngineSettings(
         n_ctx=setup.ctx,
         type_k=setup.cache_type_k or EngineSettings.type_k,
         type_v=setup.cache_type_v or EngineSettings.type_v,
-        kv=policy_of(options),
+        kv=policy_of(_kv_options(setup)),
         parallel=parallel,
         cached=0 if setup.kv_budget is None else 1,
     ).with_lanes()

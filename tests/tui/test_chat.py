@@ -325,6 +325,35 @@ async def test_a_budget_is_planned_shown_and_applied_to_the_next_prompt() -> Non
         assert host.loaded[-1].kv_budget == "64"
 
 
+async def test_a_policy_that_there_is_not_is_named_and_nothing_is_loaded() -> None:
+    host = FakeHost()
+    async with chatting(host=host, setup=ModelSetup(Path("/m/small.gguf"))) as (pilot, _, session):
+        await until(pilot, lambda: session.backend is not None)
+        host.refuse = BackendError("there is no policy 'x'", "write one of pyramid", kind="refused")
+        await say(pilot, "/budget 64 x")
+        await shows(pilot, "there is no policy 'x': write one of pyramid")
+
+
+async def test_rows_are_kept_before_another_model_comes() -> None:
+    host = FakeHost()
+    async with chatting(host=host) as (pilot, backend, session):
+        await say(pilot, "hi")
+        await answered(pilot, session)
+        await pilot.press("f3")
+        await shows(pilot, "small.gguf")
+        await pilot.press("enter")
+        await until(pilot, lambda: session.backend is not backend and session.backend is not None)
+        assert backend.saved == {session.conversation.id}
+
+
+async def test_a_message_that_is_too_long_is_for_editing() -> None:
+    error = BackendError("the prompt has 9 tokens", "begin another chat", kind="too_long")
+    async with chatting([Answer(error=error)], log_file=Path("/logs/chat.log")) as (pilot, _, session):
+        await say(pilot, "hi")
+        await shows(pilot, "the prompt has 9 tokens: begin another chat", "Ctrl+Up e edits the message")
+        assert "chat.log" not in screen_text(pilot.app)
+
+
 async def test_the_budget_command() -> None:
     host = FakeHost()
     async with chatting(host=host, setup=ModelSetup(Path("/m/small.gguf"))) as (pilot, _, session):

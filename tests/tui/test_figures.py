@@ -74,6 +74,20 @@ def test_figures_of_an_answer() -> None:
     assert found.context_part == pytest.approx(106 / 4096)
 
 
+def test_context_of_a_stopped_answer_counts_what_came() -> None:
+    keeper = FiguresKeeper(Clock())
+    keeper.start()
+    keeper.take(Done("stop", Usage(100, 6)))
+    keeper.start()
+    assert keeper.now().context_used == 106
+    keeper.take(Delta("a", 30))
+    keeper.take(Done("cancelled"))
+    assert keeper.now().context_used == 136
+    keeper.start()
+    keeper.take(Done("stop", Usage(150, 5)))
+    assert keeper.now().context_used == 155
+
+
 def test_figures_of_a_server_that_tells_nothing() -> None:
     clock = Clock()
     keeper = FiguresKeeper(clock)

@@ -36,7 +36,10 @@ def test_budget_takes_less(folder: Path) -> None:
     whole = asyncio.run(plan(ModelSetup(folder / "tiny.gguf", ctx=4096)))
     bounded = asyncio.run(plan(ModelSetup(folder / "tiny.gguf", ctx=4096, kv_budget="10%")))
     assert whole.kv == whole.kv_full and whole.rows == () and whole.n_ctx == 4096
-    assert bounded.kv < whole.kv / 2 and len(bounded.rows) > 0
+    assert bounded.kv < whole.kv / 2
+    assert (
+        sum(bounded.rows) / len(bounded.rows) == pytest.approx(4096 / 10, abs=1) and bounded.rows[0] > bounded.rows[-1]
+    )
     assert whole.shortage is None and 0 < whole.weights < whole.total
 
 
@@ -54,6 +57,11 @@ def test_gpu_that_is_too_small_where_the_host_may_do(folder: Path, monkeypatch: 
     have(monkeypatch, 8192 * MIB, MIB, (MIB,))
     shortage = asyncio.run(plan(ModelSetup(folder / "tiny.gguf"))).shortage
     assert shortage is not None and "GPU" in shortage
+
+
+def test_policy_that_there_is_not(folder: Path) -> None:
+    with pytest.raises(BackendError, match="there is no policy '25%': write one of none, pyramid"):
+        asyncio.run(plan(ModelSetup(folder / "tiny.gguf", kv_budget="64", kv_policy="25%")))
 
 
 def test_settings_that_make_no_sense(folder: Path) -> None:

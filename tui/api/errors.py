@@ -13,7 +13,7 @@ from ziggurat.tui.api.address import Address
 from ziggurat.tui.backend import BackendError, ErrorKind
 
 _MAX_MESSAGE = 300
-_SHORTEN = "edit or leave out earlier messages, start a new chat with /new, or serve with a larger --ctx"
+_SHORTEN = "or begin another chat (/new), or serve with a larger --ctx"
 _KEY = "put the server's key into ZIGGURAT_API_KEY or the settings file"
 
 

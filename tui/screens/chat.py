@@ -145,8 +145,11 @@ class ChatScreen(Screen[None]):
         if event.retry_in is not None:
             self.banner.say(f"{event.error}\ntrying again in {event.retry_in:.1f} s, Esc gives up", "error", "error")
             return
-        log = f"; the log is {self.parts.log_file}" if self.parts.log_file is not None else ""
-        self.banner.say(f"{event.error}\nCtrl+R tries again{log}", "error", "error")
+        error, log = event.error, ""
+        if self.parts.log_file is not None and error.kind not in ("too_long", "key", "busy", "refused"):
+            log = f"; the log is {self.parts.log_file}"
+        again = "Ctrl+Up e edits the message" if error.kind == "too_long" else "Ctrl+R tries again"
+        self.banner.say(f"{error}\n{again}{log}", "error", "error")
 
     def show_path(self) -> None:
         """Show the conversation anew."""

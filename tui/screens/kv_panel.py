@@ -63,7 +63,7 @@ class KvPanel(Vertical):
         try:
             text = await backend.text(kept.stretch(chosen.column, chosen.columns))
         except BackendError as error:
-            text = str(error)
+            text = "" if error.kind == "lost" else str(error)  # that the server is lost is said elsewhere
         self.view.show_words(chosen, text)
 
     def refresh_plan(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +14,10 @@ from ziggurat.tui.backend import BackendError, Host, Loading, ModelSetup, Planne
 from ziggurat.tui.session import Session
 from ziggurat.tui.widgets.banner import Banner
 from ziggurat.tui.widgets.sparkline import bar
+
+_logger = logging.getLogger(__name__)
+
+_SAVE_S = 5.0
 
 
 def describe(planned: Planned) -> str:
@@ -71,6 +77,7 @@ class Loader:
                 self._banner.say(f"{name} is not loaded: {planned.shortage}", "error", "loading")
                 return
             await self._session.stop()
+            await self._save_rows()
             self._session.backend = None
             self.current = setup
             about = f"{name} ({human_bytes(planned.total)} in all)"
@@ -85,6 +92,16 @@ class Loader:
             raise
         except BackendError as error:
             self._banner.say(f"{error}\nCtrl+R tries again, F3 chooses another model", "error", "loading")
+        except Exception as error:
+            _logger.exception("loading %s failed", name)
+            self._banner.say(f"loading {name} failed ({error}): the log says where", "error", "loading")
+
+    async def _save_rows(self) -> None:
+        """Have the rows kept for when the same model comes back; what that fails for is no reason not to go on."""
+        backend, conversation = self._session.backend, self._session.conversation
+        if backend is not None and conversation.messages:
+            with contextlib.suppress(BackendError, asyncio.TimeoutError):
+                await asyncio.wait_for(backend.save(conversation.id), _SAVE_S)
 
     def _tell(self, about: str, loading: Loading, since: str = "") -> None:
         part = f" {bar(loading.fraction, 20)} {loading.fraction:.0%}" if loading.fraction is not None else ""

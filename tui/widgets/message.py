@@ -126,6 +126,11 @@ class MessageView(Vertical):
         self._note.update(note)
         self._note.set_class(not note, "-empty")
 
+    def shows(self, shown: Shown) -> bool:
+        """Whether this is what it shows, whole."""
+        seen = replace(self.shown, text=self.body.text, thought=self.thought, note=shown.note, author=shown.author)
+        return seen == shown and not self.growing
+
     def set_branches(self, branch: int, branches: int) -> None:
         """Tell which of how many versions this one is."""
         self.shown = replace(self.shown, branch=branch, branches=branches)

@@ -45,15 +45,30 @@ class Transcript(VerticalScroll):
         self.anchor()
 
     def show(self, messages: Sequence[Shown]) -> None:
-        """Show a conversation, from its end."""
-        start = _recent(messages)
-        self._earlier = list(messages[:start])
+        """Show a conversation, from its end. Messages that stand there already stay mounted, up to the first other."""
+        start, kept = len(self._earlier), self._same(messages)
+        if not kept:
+            start = _recent(messages)
+            self._earlier = list(messages[:start])
         with self.app.batch_update():
-            self._remove(self.messages)
+            self._remove(self.messages[kept:])
             self._tell()
-            self.messages = [MessageView(shown) for shown in messages[start:]]
-            self.mount_all(self.messages)
+            more = [MessageView(shown) for shown in messages[start + kept :]]
+            self.messages = [*self.messages[:kept], *more]
+            self.mount_all(more)
         self.anchor()
+
+    def _same(self, messages: Sequence[Shown]) -> int:
+        """Return how many of the mounted messages stand in the same place of another path."""
+        start = len(self._earlier)
+        if [each.id for each in self._earlier] != [each.id for each in messages[:start]]:
+            return 0
+        count = 0
+        for view, shown in zip(self.messages, messages[start:], strict=False):
+            if not view.shows(shown):
+                break
+            count += 1
+        return count
 
     def add(self, shown: Shown, *, growing: bool = False) -> MessageView:
         """Add a message at the end and follow it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,21 @@ async def test_only_the_recent_end_of_a_conversation_is_mounted_and_the_rest_on_
         assert [view.shown.id for view in transcript.messages] == [
             str(n) for n in range(100 - len(transcript.messages), 100)
         ]
+
+
+async def test_what_two_paths_share_stays_mounted() -> None:
+    transcript = Transcript()
+    async with hosting(transcript) as (pilot, _):
+        shared = [Shown(str(n), "user", f"message {n}") for n in range(3)]
+        transcript.show([*shared, Shown("a", "assistant", "one end")])
+        await shows(pilot, "message 2", "one end")
+        views = list(transcript.messages)
+        transcript.show([*shared[:2], replace(shared[2], branches=2), Shown("b", "assistant", "another")])
+        await shows(pilot, "‹ 1/2 ›", "another")
+        assert transcript.messages[:2] == views[:2] and views[2] not in transcript.messages
+        assert "one end" not in screen_text(pilot.app)
+        transcript.show([])
+        await until(pilot, lambda: "message" not in screen_text(pilot.app))
 
 
 async def test_the_end_is_followed_until_the_reader_scrolls_up() -> None:
