@@ -67,6 +67,7 @@ class FiguresKeeper:
         self._timings: Timings | None = None
         self._tokens, self._rate = 0, 0.0
         self._untold = 0
+        self._history: tuple[float, ...] = ()  # of the answer that has ended
 
     def start(self) -> None:
         """Begin with a request."""
@@ -79,6 +80,7 @@ class FiguresKeeper:
     def forget(self) -> None:
         """Begin with a conversation of which nothing is known."""
         self._usage = self._timings = self._progress = self._first = None
+        self._history = ()
         self._tokens, self._running, self._rate, self._untold = 0, False, 0.0, 0
         self._meter.start()
 
@@ -103,7 +105,7 @@ class FiguresKeeper:
         """Take it that the request is over, however it ended."""
         if self._running:
             self._running = False
-            self._rate = self._meter.mean()
+            self._rate, self._history = self._meter.mean(), self._meter.history()
             self._untold = self._tokens  # of a stopped answer nobody tells the usage
 
     def now(self) -> Figures:
@@ -121,7 +123,7 @@ class FiguresKeeper:
             progress=progress.fraction if progress is not None and self._running and not answering else None,
             prompt_rate=_prompt_rate(progress, None if self._running else timings),
             rate=rate,
-            history=self._meter.history(),
+            history=self._meter.history() if self._running else self._history,
             time_to_first_token_s=first,
             tokens=self._tokens,
             context_used=used,

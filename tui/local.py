@@ -96,7 +96,9 @@ class LocalBackend:
         return await (await self._running()).models()
 
     async def kept(self, conversation: str) -> Kept | None:
-        """Tell which rows of a conversation are held; see ``Backend``."""
+        """Tell which rows of a conversation are held; see ``Backend``. A process that has died holds none."""
+        if self.pid is None:
+            return None
         return await (await self._running()).kept(conversation)
 
     async def text(self, tokens: Sequence[int]) -> str | None:
@@ -108,7 +110,9 @@ class LocalBackend:
         return await (await self._running()).count(text)
 
     async def save(self, conversation: str) -> bool:
-        """Keep a conversation's rows; see ``Backend``."""
+        """Keep a conversation's rows; see ``Backend``. None are left of a process that has died."""
+        if self.pid is None:
+            return False
         done = await (await self._running()).save(conversation)
         if done and self._kept is not None:
             self._kept.prune()

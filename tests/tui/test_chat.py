@@ -239,6 +239,15 @@ async def test_a_lost_server_is_tried_again_by_itself() -> None:
         await answered(pilot, session)
 
 
+async def test_an_engine_of_its_own_that_has_ended_is_told() -> None:
+    async with chatting(host=FakeHost(), size=(120, 24)) as (pilot, backend, session):
+        await shows(pilot, "○ ready")
+        backend.lost = LOST
+        await shows(pilot, "the engine has ended: your next message starts it again")
+        backend.lost = None
+        await shows(pilot, "○ ready")
+
+
 async def test_the_log_is_named_with_an_error(tmp_path: Path) -> None:
     error = BackendError("the engine failed", "see the log")
     async with chatting([Answer(["so far"], error=error)], log_file=Path("/logs/chat.log")) as (pilot, _, session):

@@ -207,6 +207,7 @@ def test_page_instead_of_a_stream() -> None:
         ),
         (400, {"error": {"message": "This model's maximum context length is 9"}}, "too_long", False, "9"),
         (400, {"error": {"message": "temperature: too large"}}, "refused", False, "temperature"),
+        (400, {"error": {"message": "the model has no chat template: x"}}, "refused", False, "run --raw): choose"),
         (401, {"error": {"message": "wrong key"}}, "key", False, "ZIGGURAT_API_KEY"),
         (404, {"error": {"message": "no model x", "code": "model_not_found"}}, "refused", False, "/model"),
         (404, None, "nonsense", False, "address"),

@@ -1,4 +1,4 @@
-"""The session over a real server process with a tiny model."""
+"""The session and the app over real server processes: with a tiny model, and with the reference model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from helpers import tiny_models
+from helpers.screens import shows, until
+from ziggurat.converter.cli import convert
 from ziggurat.runtime.bindings import kv
+from ziggurat.runtime.evaluate.filler import TEXT
+from ziggurat.tui.app import ChatApp
 from ziggurat.tui.backend import ModelSetup, Sampling
 from ziggurat.tui.kept_files import KeptFiles
 from ziggurat.tui.local import LocalHost
+from ziggurat.tui.parts import ChatParts
 from ziggurat.tui.session import Session
 from ziggurat.tui.store import Store
 
@@ -93,3 +99,57 @@ async def talk(host: LocalHost, setup: ModelSetup, kept_files: KeptFiles) -> Non
     pid = backend.pid
     await host.close()
     assert pid is not None and not psutil.pid_exists(pid)
+
+
+REFERENCE = Path(__file__).parents[1] / "reference_model"
+FACT = "The code of Lily's red box is 4821."
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch")
+    path = tmp_path_factory.mktemp("reference") / "reference.gguf"
+    outcome = CliRunner().invoke(convert, [str(REFERENCE), str(path), "--type", "f16", "--no-awq", "--no-imatrix"])
+    assert outcome.exit_code == 0, outcome.output
+    return path
+
+
+@pytest.mark.asyncio
+async def test_the_app_talks_to_the_reference_model(reference: Path, tmp_path: Path) -> None:
+    bounded = kv.available()
+    half = TEXT[:1500]
+    document = f"{half[: half.rindex('. ') + 2]}{FACT} {TEXT[1500:3000]}"
+    host = LocalHost([reference.parent], tmp_path / "server.log", kept=KeptFiles(tmp_path / "rows"))
+    setup = ModelSetup(reference, ctx=2048, kv_budget="256" if bounded else None, threads=1)
+    with Store(tmp_path / "chats.db") as store:
+        session = Session(recorder=store, sampling=Sampling(0.0, max_tokens=32), retries=())
+        app = ChatApp(ChatParts(session, host=host, store=store, setup=setup))
+        async with app.run_test(size=(120, 40)) as pilot:
+            await until(pilot, lambda: session.backend is not None, 60)
+            app.chat.prompt.area.insert(f"{document}\n\nWhat is the code of Lily's red box?")
+            await pilot.press("enter")
+            await until(pilot, lambda: len(session.conversation.messages) == 2 and not session.busy, 60)
+            first = session.conversation.path()[-1]
+            assert first.text == FACT and first.usage is not None
+            await shows(pilot, FACT, "○ ready", "reference")
+            app.chat.prompt.area.insert("Tell me a story.")
+            await pilot.press("enter")
+            await until(pilot, lambda: len(session.conversation.messages) == 4 and not session.busy, 60)
+            second = session.conversation.path()[-1]
+            assert len(second.text.split()) > 3 and second.usage is not None
+            assert second.usage.reused_tokens >= first.usage.prompt_tokens
+            await pilot.press("f4")
+            await shows(pilot, "tokens seen", "layer 0, stretch 1")
+            kept = app.chat.kv_panel.view.map.kept
+            assert kept is not None and len(kept.tokens) > first.usage.prompt_tokens
+            if bounded:
+                await shows(pilot, "of the rows held", "begin_of_text")
+                assert kept.layers[0].rows > 4 * kept.layers[-1].rows
+                columns = app.chat.kv_panel.view.map.columns
+                texts = [await session.backend.text(kept.stretch(each, columns)) or "" for each in range(columns)]
+                asked_for = next(place for place, text in enumerate(texts) if "4821" in text)
+                strip = kept.strip(0, columns)
+                assert strip[asked_for] > sum(strip) / columns, "of what was asked for more is kept than of the rest"
+            backend = session.backend
+            await pilot.press("ctrl+q")
+        assert backend.pid is None and [each.messages for each in store.list()] == [4]

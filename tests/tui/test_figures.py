@@ -69,6 +69,8 @@ def test_figures_of_an_answer() -> None:
     timings = Timings(1.5, 900.0, 42.0, drafted_tokens=4, accepted_tokens=3, kv_bytes=10, kv_bytes_full=40)
     keeper.take(Done("stop", Usage(100, 6, 20), timings))
     found = keeper.now()
+    clock.now += 60.0
+    assert found.history == keeper.now().history and any(found.history), "it stands still when the answer has ended"
     assert (found.time_to_first_token_s, found.rate, found.prompt_rate) == (1.5, 42.0, 900.0)
     assert (found.context_used, found.accepted, found.kv_bytes, found.kv_bytes_full) == (106, 0.75, 10, 40)
     assert found.context_part == pytest.approx(106 / 4096)

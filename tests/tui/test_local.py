@@ -167,6 +167,7 @@ def test_server_that_died_is_told_and_started_again(folder: Path) -> None:
         assert raised.value.kind == "lost" and raised.value.retryable
         with pytest.raises(BackendError, match="killed"):
             await backend.status()
+        assert not await backend.save("c") and await backend.kept("c") is None and backend.pid is None
         assert await answer(backend) == [Delta("hi"), Done("stop")]
         await it.close()
 

@@ -241,6 +241,49 @@ def test_migration_that_fails_changes_nothing(store: Store) -> None:
     database.close()
 
 
+BUSY = """
+import pathlib, sys
+from ziggurat.tui.conversation import Conversation, Message
+from ziggurat.tui.store import Store
+
+store, number = Store(pathlib.Path(sys.argv[1])), 0
+while True:
+    conversation = Conversation(title=f"chat {number}")
+    store.begin(conversation)
+    parent = None
+    for turn in range(4):
+        message = Message(f"m{number}-{turn}", parent, "user", f"word{number} " * 3000, 0.0)
+        store.add(conversation.id, message)
+        parent = message.id
+        print(message.id, flush=True)
+    number += 1
+"""
+
+
+@pytest.mark.parametrize("messages", [1, 6, 43])
+def test_death_in_mid_write_loses_nothing_that_was_kept(tmp_path: Path, messages: int) -> None:
+    path = tmp_path / "chats.db"
+    process = subprocess.Popen([sys.executable, "-c", BUSY, str(path)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        told = [process.stdout.readline().decode().strip() for _ in range(messages)]
+    finally:
+        process.send_signal(signal.SIGKILL)
+        told += process.communicate()[0].decode().split()[:-1]  # the last line may be half of one
+    with Store(path) as store:
+        found = {each.id: store.open(each.id) for each in store.list(limit=10_000)}
+        there = {message for each in found.values() for message in each.messages}
+        assert set(told) <= there and len(there) <= len(told) + 2
+        for each in found.values():
+            path_of = [message.id for message in each.path()]
+            assert len(path_of) == len(each.messages), "the head is the last message that was kept"
+        assert store.list("word0")
+        database = sqlite3.connect(path)
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        database.execute("INSERT INTO message_text (message_text) VALUES ('integrity-check')")
+        database.close()
+
+
 WRITER = """
 import asyncio, pathlib, sys
 from helpers.fake_backend import Answer, FakeBackend

@@ -69,6 +69,9 @@ def _of(status: int, told: Mapping[str, Any], address: Address, retry_after: flo
 
     if _too_long(message, code, kind):
         return made(_SHORTEN, "too_long")
+    if "no chat template" in message:
+        message = "the model has no chat template, so that it can only go on with a text (ziggurat run --raw)"
+        return made("choose another with /model", "refused")
     if code in ("model_loading", "server_loading") or (status == 503 and "loading" in message.lower()):
         return made("wait a moment", "loading", retryable=True)
     if status in (401, 403):

@@ -52,7 +52,9 @@ class FiguresWatch:
         try:
             await self._screen.session.refresh()
         except BackendError as error:
-            self._lost = "server lost" if error.kind == "lost" else error.message
+            own = self._screen.parts.host is not None
+            lost = "the engine has ended: your next message starts it again" if own else "server lost"
+            self._lost = lost if error.kind == "lost" else error.message
         else:
             self._lost = ""
         finally:

@@ -28,7 +28,8 @@ class KvMap(ScrollView):
     """One row for each layer; a cursor chooses a stretch in one of them."""
 
     DEFAULT_CSS = """
-    KvMap { height: 1fr; min-height: 3; background: $surface; scrollbar-size-vertical: 1; }
+    KvMap { height: 1fr; min-height: 3; background: $surface; scrollbar-size-vertical: 1;
+        overflow-x: hidden; }
     KvMap > .kv--budget { color: $primary; }
     KvMap > .kv--heat { color: $accent; }
     KvMap > .kv--label { color: $foreground; }
