@@ -157,11 +157,13 @@ def _conversation(settings: Settings, store: Store | None, *, latest: bool) -> C
 
 def _run(parts: ChatParts) -> int:
     from ziggurat.tui.app import ChatApp
+    from ziggurat.tui.collector import spare_the_screen
 
     assert parts.log_file is not None
     _log_to(parts.log_file)
     try:
         app = ChatApp(parts)
+        spare_the_screen()
         app.run()
         return app.return_code or 0
     finally:

@@ -25,6 +25,7 @@ from textual.app import App, ComposeResult
 from textual.containers import VerticalScroll
 from textual.widgets import Markdown, TextArea
 
+from ziggurat.tui.collector import spare_the_screen
 from ziggurat.tui.widgets.message import Shown
 from ziggurat.tui.widgets.transcript import Transcript
 
@@ -242,6 +243,7 @@ async def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the fastest rate into the longest conversation only")
     parser.add_argument("--methods", default="ziggurat")
     arguments = parser.parse_args()
+    spare_the_screen()  # as the chat does
     results = []
     for method in arguments.methods.split(","):
         for size in SIZES[-1:] if arguments.quick else SIZES:

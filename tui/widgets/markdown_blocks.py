@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 #: Lines after which a list is cut at its next item, and a code fence at its next line.
-LIST_LINES, CODE_LINES = 24, 40
+LIST_LINES, CODE_LINES = 10, 20
 
 _FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})(.*)$")
 _ITEM = re.compile(r"^( {0,3})(?:([-*+])|(\d{1,9})([.)]))(?= |\t|$)")
@@ -22,12 +22,15 @@ class Block:
     """A piece of Markdown. ``code`` is the language of a fence's lines, None for other Markdown.
 
     ``joined`` blocks go on with the one before: no empty line stands between them. ``last`` ends a run of joined ones.
+    ``list_end`` is the number after the last one of a numbered list that was cut, where it is known: all parts are
+    indented for it.
     """
 
     source: str
     code: str | None = None
     joined: bool = False
     last: bool = True
+    list_end: int = 0
 
 
 class BlockSplitter:
@@ -103,9 +106,9 @@ class BlockSplitter:
             self._flush(finished)
             self._fence = ""
             return
-        self._lines.append(line)
         if len(self._lines) >= CODE_LINES:
             self._flush(finished, last=False)
+        self._lines.append(line)
 
     def _blank_line(self, finished: list[Block]) -> None:
         if self._list:  # the list goes on if an item or an indented line comes
@@ -162,7 +165,8 @@ class BlockSplitter:
         if self._lines or (self._fence and not self._joined):
             source = "\n".join(self._lines)
             code = self._language or "text" if self._fence else None
-            finished.append(Block(source if code else source.rstrip(), code, self._joined, last))
+            end = self._number if self._joined and last and self._number is not None else 0
+            finished.append(Block(source if code else source.rstrip(), code, self._joined, last, end))
         self._lines = []
         self._list, self._number = "", None
         self._inner_fence, self._blank = "", False

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markdown import CodeBlock, Heading, Markdown
+from rich.markdown import CodeBlock, Heading, ListElement, Markdown
+from rich.segment import Segment
 from rich.style import Style
-from rich.syntax import Syntax
 from rich.theme import Theme
 from textual.strip import Strip
 
 from ziggurat.tui.widgets.markdown_blocks import Block
+from ziggurat.tui.widgets.markdown_code import CodeRenderer
 
 if TYPE_CHECKING:
+    from markdown_it.token import Token
     from rich.console import ConsoleOptions, RenderResult
     from textual.app import App
 
@@ -59,15 +62,51 @@ class Palette:
 
 class _Code(CodeBlock):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield _code(str(self.text).rstrip("\n"), self.lexer_name, self.theme, console)
+        code = CodeRenderer(options.max_width, self.theme, console.get_style("ziggurat.code"))
+        for row in code.rows(str(self.text).removesuffix("\n"), self.lexer_name):
+            yield from row
+            yield Segment.line()
 
 
 class _Heading(Heading):
     LEVEL_ALIGN = {}  # all of them to the left
 
 
+class _List(ListElement):
+    """A list that may be a part of one whose numbers are wider than its own."""
+
+    end = 0
+
+    @classmethod
+    def create(cls, markdown: Markdown, token: Token) -> ListElement:
+        made = cls(token.type, int(token.attrs.get("start", 1)))
+        if isinstance(markdown, _Markdown) and token.level == 0:
+            made.end = markdown.list_end
+        return made
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.list_type == "bullet_list_open":
+            yield from super().__rich_console__(console, options)
+            return
+        start = 1 if self.list_start is None else self.list_start
+        end = max(start + len(self.items), self.end)
+        for number, item in enumerate(self.items, start):
+            yield from item.render_number(console, options, number, end)
+
+
 class _Markdown(Markdown):
-    elements = {**Markdown.elements, "fence": _Code, "code_block": _Code, "heading_open": _Heading}
+    elements = {
+        **Markdown.elements,
+        "fence": _Code,
+        "code_block": _Code,
+        "heading_open": _Heading,
+        "bullet_list_open": _List,
+        "ordered_list_open": _List,
+    }
+
+    def __init__(self, source: str, code_theme: str, list_end: int) -> None:
+        super().__init__(source, code_theme=code_theme)
+        self.list_end = list_end
 
 
 class LineRenderer:
@@ -103,30 +142,21 @@ class LineRenderer:
         )
         self._options = self._console.options.update(width=self.width)
         self.code_style = self._console.get_style("ziggurat.code")
+        self._code = CodeRenderer(self.width, palette.code_theme, self.code_style)
 
     def render(self, block: Block) -> list[Strip]:
         """Return the lines of a block, the empty ones around it not included."""
+        return list(self.lines(block))
+
+    def lines(self, block: Block) -> Iterator[Strip]:
+        """Return the lines one by one, so that whoever takes them can stop after any line of code."""
         if block.code is not None:
-            renderable: Any = _code(block.source, block.code, self.palette.code_theme, self._console)
-        else:
-            renderable = _Markdown(block.source, code_theme=self.palette.code_theme)
-        lines = self._console.render_lines(renderable, self._options, pad=False)
-        strips = [Strip(line) for line in lines]
-        if block.code is None:
-            while strips and not strips[0].text.strip():
-                strips.pop(0)
-            while strips and not strips[-1].text.strip():
-                strips.pop()
-        return strips
-
-
-def _code(source: str, language: str, theme: str, console: Console) -> Syntax:
-    background = console.get_style("ziggurat.code").bgcolor
-    return Syntax(
-        source.expandtabs(4),
-        language,
-        theme=theme,
-        word_wrap=True,
-        padding=(0, 1),
-        background_color=background.name if background is not None else "default",
-    )
+            yield from (Strip(row) for row in self._code.rows(block.source, block.code))
+            return
+        markdown = _Markdown(block.source, self.palette.code_theme, block.list_end)
+        strips = [Strip(line) for line in self._console.render_lines(markdown, self._options, pad=False)]
+        while strips and not strips[0].text.strip():
+            strips.pop(0)
+        while strips and not strips[-1].text.strip():
+            strips.pop()
+        yield from strips

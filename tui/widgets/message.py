@@ -13,6 +13,7 @@ from textual.message import Message as Event
 from textual.widgets import Static
 
 from ziggurat.tui.widgets.message_body import MessageBody
+from ziggurat.tui.widgets.uniform import Uniform
 
 _NAMES = {"user": "You", "assistant": "Answer", "system": "System", "error": "Error", "note": "Note"}
 
@@ -31,7 +32,7 @@ class Shown:
     thought: str = ""
 
 
-class MessageView(Vertical):
+class MessageView(Uniform, Vertical):
     """A message. Focused, it takes keys; what they ask for goes up as ``Asked``."""
 
     DEFAULT_CSS = """
@@ -99,14 +100,14 @@ class MessageView(Vertical):
 
     def append(self, text: str) -> None:
         """Add text to an answer that is being written."""
-        if not self.body.text:
+        if self.body.empty:
             self._thought.add_class("-hidden")
         self.body.append(text)
 
     def append_thought(self, text: str) -> None:
         """Add to what the model thinks before its answer; it is shown until that comes."""
         self._thought.append(text)
-        self._thought.set_class(bool(self.body.text), "-hidden")
+        self._thought.set_class(not self.body.empty, "-hidden")
 
     @property
     def thought(self) -> str:

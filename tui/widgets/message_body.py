@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.segment import Segment
+from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from ziggurat.tui.widgets.markdown_blocks import Block, BlockSplitter
+from ziggurat.tui.widgets.finished_blocks import FinishedBlocks
+from ziggurat.tui.widgets.markdown_blocks import BlockSplitter
 from ziggurat.tui.widgets.markdown_lines import LineRenderer, Palette, printable
 from ziggurat.tui.widgets.tail import TailLines
 
@@ -18,19 +18,12 @@ if TYPE_CHECKING:
     from rich.style import Style
     from textual.geometry import Size
     from textual.selection import Selection
+    from textual.timer import Timer
 
-#: Seconds between two looks of a growing message at what has come.
-FLUSH_SECONDS = 0.05
-#: Lines of a code fence up to which its parts are rendered again as one when it ends.
-WHOLE_CODE_LINES = 150
-
-
-@dataclass
-class _Lines:
-    """Lines that belong together: those of a block, with an empty one before."""
-
-    block: Block
-    strips: list[Strip] = field(default_factory=list)
+#: Seconds between two looks of a growing message at what has come, and what each may take to render blocks again.
+FLUSH_SECONDS, SETTLE_SECONDS = 0.05, 0.004
+#: Finished lines that are kept as they go to the screen, beside those that are on it.
+_KEPT_LINES = 200
 
 
 class MessageBody(Widget):
@@ -50,15 +43,14 @@ class MessageBody(Widget):
         self._text: list[str] = []
         self._pending: list[str] = []
         self._splitter = BlockSplitter()
-        self._lines: list[_Lines] = []
-        self._starts: list[int] = []
+        self._blocks = FinishedBlocks()
         self._height = 0
-        self._renderer: LineRenderer | None = None
+        self._tail_start = 0
         self._tail = TailLines(80)
         self._drawn: dict[int, Strip] = {}  # finished lines as they go to the screen
-        self._stable = 0  # blocks that are where they were when the lines were last placed
         self._style: Style | None = None
         self._finished = False
+        self._timer: Timer | None = None
         self.flushes = 0
         if text:
             self._text.append(text)
@@ -77,7 +69,7 @@ class MessageBody(Widget):
 
     def on_mount(self) -> None:
         """Look for new text regularly while it may grow."""
-        if not self._finished:
+        if not self.settled:
             self._timer = self.set_interval(FLUSH_SECONDS, self.flush)
 
     def append(self, text: str) -> None:
@@ -85,36 +77,50 @@ class MessageBody(Widget):
         self._text.append(text)
         self._pending.append(text)
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no text."""
+        return not self._text
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything that came is shown as it will stay."""
+        return self._finished and self._blocks.settled
+
     def flush(self) -> None:
         """Show what has come since the last flush."""
-        if not self._pending:
-            return
-        text = printable("".join(self._pending))
-        self._pending.clear()
-        self._add(text)
-        self._changed()
+        settled = self._blocks.settle(SETTLE_SECONDS)
+        if settled:
+            self._drawn.clear()
+        if self._pending:
+            text = printable("".join(self._pending))
+            self._pending.clear()
+            self._add(text)
+            self.flushes += 1
+            self._changed()
+        elif settled:
+            self._changed()
+        elif self.settled and self._timer is not None:
+            self._timer.stop()
 
     def finish(self) -> None:
-        """Show all text as it will stay."""
+        """Show all text as it will stay; what takes long of that comes with the next looks."""
         self.flush()
         if not self._finished:
             self._end()
-            if self.is_mounted:
-                self._timer.stop()
             self._changed()
 
     def notify_style_update(self) -> None:
         """Render anew in the colours of another theme."""
         super().notify_style_update()
-        if self._renderer is not None and self._renderer.palette != Palette.of(self.app):
-            self._renderer = None
+        renderer = self._blocks.renderer
+        if renderer is not None and renderer.palette != Palette.of(self.app):
+            self._blocks.renderer = None
             self.refresh(layout=True)
 
     def _changed(self) -> None:
-        self.flushes += 1
         before = self._height
-        if self._renderer is not None:
-            self._place()
+        self._place()
         self.refresh(layout=self._height != before)
 
     def _add(self, text: str) -> None:
@@ -123,7 +129,8 @@ class MessageBody(Widget):
             return
         was_code = self._splitter.in_code
         finished = self._splitter.feed(text)
-        self._keep(finished)
+        for block in finished:
+            self._blocks.add(block)
         if finished or self._splitter.in_code != was_code or self._splitter.empty:
             self._new_tail()
         else:
@@ -132,33 +139,13 @@ class MessageBody(Widget):
     def _end(self) -> None:
         self._finished = True
         if not self.plain:
-            self._keep(self._splitter.finish())
+            for block in self._splitter.finish():
+                self._blocks.add(block)
             self._tail = TailLines(self._width)
-
-    def _keep(self, blocks: list[Block]) -> None:
-        for block in blocks:
-            if block.last and block.joined and block.code is not None:
-                block = self._whole_code(block)
-            strips = self._renderer.render(block) if self._renderer is not None else []
-            self._lines.append(_Lines(block, strips))
-
-    def _whole_code(self, last: Block) -> Block:
-        """Take the parts of a fence that ends back, for one rendering: a lexer that saw its start colours it right."""
-        parts = [last]
-        count = 1
-        while parts[-1].joined and count <= len(self._lines):
-            parts.append(self._lines[-count].block)
-            count += 1
-        source = "\n".join(part.source for part in reversed(parts))
-        if source.count("\n") >= WHOLE_CODE_LINES:
-            return last
-        del self._lines[len(self._lines) - count + 1 :]
-        self._stable = min(self._stable, len(self._lines))
-        return Block(source, last.code)
 
     @property
     def _width(self) -> int:
-        return self._renderer.width if self._renderer is not None else 80
+        return self._blocks.renderer.width if self._blocks.renderer is not None else 80
 
     def _tail_width(self) -> int:
         return self._width - 2 if self._splitter.in_code else self._width
@@ -169,12 +156,11 @@ class MessageBody(Widget):
 
     def _prepare(self, width: int) -> None:
         """Render everything for a width, if that is not the one it is rendered for."""
-        if self._renderer is not None and self._renderer.width == max(width, 4):
+        renderer = self._blocks.renderer
+        if renderer is not None and renderer.width == max(width, 4):
             return
-        self._renderer = LineRenderer(width, Palette.of(self.app))
-        self._stable = 0
-        for each in self._lines:
-            each.strips = self._renderer.render(each.block)
+        self._drawn.clear()
+        self._blocks.render(LineRenderer(width, Palette.of(self.app)))
         if self.plain:
             self._tail = TailLines(self._width)
             self._tail.feed(printable("".join(self._text)))
@@ -183,16 +169,8 @@ class MessageBody(Widget):
         self._place()
 
     def _place(self) -> None:
-        """Find the line at which each block starts, the empty lines between them included."""
-        height, self._starts = 0, []
-        for each in self._lines:
-            height += bool(height) and not each.block.joined
-            self._starts.append(height)
-            height += len(each.strips)
+        height = self._blocks.height
         self._tail_start = height + (bool(height) and not self._splitter.joined)
-        stays = self._starts[self._stable] if self._stable < len(self._starts) else self._tail_start
-        self._drawn = {y: strip for y, strip in self._drawn.items() if y < stays}
-        self._stable = len(self._lines)
         self._height = self._tail_start + self._tail.rows if not self._tail.empty else height
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
@@ -200,43 +178,64 @@ class MessageBody(Widget):
         self._prepare(width)
         return max(self._height, 1)
 
-    def render_line(self, y: int) -> Strip:
-        """Return a line, with the selection drawn on it."""
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Return lines as they go to the screen.
+
+        What Textual does for any widget (borders, padding, its own cache, emptied whenever the height changes) is left
+        out: a message that grows moves all that is seen of it, with every flush.
+        """
         width = self.size.width
         self._prepare(width)
-        style, selection = self.rich_style, self.text_selection
+        style = self.rich_style
         if style != self._style:
             self._style = style
             self._drawn.clear()
-        if selection is None and (drawn := self._drawn.get(y)) is not None:
-            return drawn
-        strip = self._line(y)
-        if selection is not None and (span := selection.get_span(y)) is not None:
-            strip = self._selected(strip, *span)
-        strip = strip.apply_style(style).crop_extend(0, width, style).apply_offsets(0, y)
-        if selection is None and y < self._tail_start:
+        selection = self.text_selection
+        if selection is None:
+            strips = [self._drawn.get(y) or self._draw(y, width, style) for y in crop.line_range]
+        else:
+            strips = [self._styled(self._selected(y, selection), y, width, style) for y in crop.line_range]
+        if len(self._drawn) > _KEPT_LINES + crop.height:
+            self._drawn = {y: self._drawn[y] for y in crop.line_range if y in self._drawn}
+        background = self.background_colors[1]
+        for each in self.get_line_filters():
+            strips = [strip.apply_filter(each, background) for strip in strips]
+        if crop.column_span != (0, width):
+            strips = [strip.crop(*crop.column_span) for strip in strips]
+        return strips
+
+    def render_line(self, y: int) -> Strip:
+        """Return one line."""
+        return self.render_lines(Region(0, y, self.size.width, 1))[0]
+
+    def _draw(self, y: int, width: int, style: Style) -> Strip:
+        strip = self._styled(self._line(y), y, width, style)
+        if y < self._blocks.height:
             self._drawn[y] = strip
         return strip
 
+    @staticmethod
+    def _styled(strip: Strip, y: int, width: int, style: Style) -> Strip:
+        return strip.apply_style(style).crop_extend(0, width, style).apply_offsets(0, y)
+
     def _line(self, y: int) -> Strip:
-        if not self._tail.empty and y >= self._tail_start:
-            row = y - self._tail_start
-            return self._tail_strip(row) if row < self._tail.rows else Strip.blank(0)
-        place = bisect_right(self._starts, y) - 1
-        if place < 0:
-            return Strip.blank(0)
-        strips, row = self._lines[place].strips, y - self._starts[place]
-        return strips[row] if row < len(strips) else Strip.blank(0)
+        if y < self._blocks.height:
+            return self._blocks.line(y)
+        row = y - self._tail_start
+        return self._tail_strip(row) if 0 <= row < self._tail.rows else Strip.blank(0)
 
     def _tail_strip(self, row: int) -> Strip:
         text = self._tail.row(row)
-        if self._splitter.in_code and self._renderer is not None:
-            return Strip([Segment(f" {text}", self._renderer.code_style)]).extend_cell_length(
-                self._width, self._renderer.code_style
+        renderer = self._blocks.renderer
+        if self._splitter.in_code and renderer is not None:
+            return Strip([Segment(f" {text}", renderer.code_style)]).extend_cell_length(
+                self._width, renderer.code_style
             )
         return Strip([Segment(text)])
 
-    def _selected(self, strip: Strip, start: int, end: int) -> Strip:
+    def _selected(self, y: int, selection: Selection) -> Strip:
+        strip = self._line(y)
+        start, end = selection.get_span(y) or (0, 0)
         length = strip.cell_length
         end = length if end < 0 else min(end, length)
         if start >= end:

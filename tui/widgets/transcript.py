@@ -11,6 +11,7 @@ from textual.widgets import Static
 
 from ziggurat.tui.widgets.background import background
 from ziggurat.tui.widgets.message import MessageView, Shown
+from ziggurat.tui.widgets.uniform import Uniform
 
 #: Characters mounted at first, and added each time the start is reached; at least so many messages in any case.
 MOUNTED_CHARACTERS, MOUNTED_MESSAGES = 16_000, 2
@@ -18,7 +19,7 @@ MOUNTED_CHARACTERS, MOUNTED_MESSAGES = 16_000, 2
 MOST_MESSAGES = 80
 
 
-class Transcript(VerticalScroll):
+class Transcript(Uniform, VerticalScroll):
     """Shows messages, follows the end of one that grows, and lets the reader go where they like."""
 
     DEFAULT_CSS = """
