@@ -17,6 +17,8 @@ from ziggurat.runtime.sampler import Sampler
 
 # seconds that an idle engine waits for one more request, and for all that come with the first
 _NEXT_COMPANION, _LAST_COMPANION = 0.003, 0.03
+# after so many that came alone it waits for none
+_ALONE = 8
 
 
 @dataclass(eq=False)
@@ -87,6 +89,7 @@ class Inbox:
         self._capacity, self._n_running = capacity, n_running
         self._jobs: dict[str, Job] = {}
         self._most = 0  # of them at a time, since the engine was last idle
+        self._n_alone = _ALONE  # times that it was idle since there were several
         self._work = threading.Condition(self.lock)
 
     @property
@@ -143,7 +146,8 @@ class Inbox:
         less time for all of them.
         """
         with self.lock:
-            alone, self._most = self._most < 2, 0
+            self._n_alone = self._n_alone + 1 if self._most < 2 else 0
+            alone, self._most = self._n_alone >= _ALONE, 0
             while not (self.waiting or self.tasks or self.closing):
                 self._work.wait()
             until = time.monotonic() + _LAST_COMPANION
