@@ -1,7 +1,7 @@
 """The results of server_rate.py as the README's table: one line for each server, one column for each load.
 
 A cell is the rate of generated tokens as a ratio to the first llama-server of the same rounds, and the time to the
-first token, median and 95th percentile, in seconds. Of several entries with the same load the last one counts.
+first token, median and 95th percentile, in seconds. Of several entries of a server and a load the last one counts.
 
 usage: python tests/benchmarks/server_table.py [server_rate.json]
 """
@@ -16,7 +16,9 @@ from typing import Any
 
 def table(entries: list[dict[str, Any]]) -> str:
     """Return it in Markdown."""
-    levels = {(each["prompt"], each["clients"]): each["servers"] for entry in entries for each in entry["levels"]}
+    levels: dict[tuple[int, int], dict[str, Any]] = {}
+    for each in (level for entry in entries for level in entry["levels"]):
+        levels.setdefault((each["prompt"], each["clients"]), {}).update(each["servers"])
     loads = sorted(levels)
     names = list(dict.fromkeys(name for load in loads for name in levels[load]))
     heads = [f"{prompt} tokens, {clients} client{'s'[: clients > 1]}" for prompt, clients in loads]
