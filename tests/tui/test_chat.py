@@ -274,7 +274,7 @@ async def test_the_kv_view_shows_layers_and_the_words_of_a_stretch() -> None:
         await answered(pilot, session)
         await pilot.press("f4")
         await shows(pilot, "400 tokens seen, 25.0% of the rows held", "200/200", "20/20")
-        await shows(pilot, "layer 0, stretch 1", "w0 w1")
+        await shows(pilot, "layer 0, stretch 1", "w0 w1", "◆")
         await pilot.press("down", "end")
         await shows(pilot, "layer 1", "100% held", "w399")
         await pilot.press("f4")

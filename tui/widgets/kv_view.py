@@ -139,10 +139,9 @@ class KvMap(ScrollView):
         row, column = self.cursor
         if row != place or not self.has_focus:
             return [Segment("".join(cells), heat)]
-        chosen = cells[column] if column < len(cells) else " "
         return [
             Segment("".join(cells[:column]), heat),
-            Segment("◆" if chosen == " " else chosen, heat + Style(reverse=True)),
+            Segment("◆", heat + Style(reverse=True)),  # a mark of its own: a full cell in reverse looks empty
             Segment("".join(cells[column + 1 :]), heat),
         ]
 
