@@ -5,27 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ziggurat.runtime.background import in_thread, kill_as_interrupt, progress
 from ziggurat.runtime.errors import InvalidRequestError
 from ziggurat.runtime.eval_options import FILE, choices_options, compute_options, needle_options, text_options
 from ziggurat.runtime.options import device_options, kv_options
 
 if TYPE_CHECKING:
     from ziggurat.runtime.eval_parts import NeedleGrid
-    from ziggurat.runtime.evaluate.monitor import Monitor, Report
     from ziggurat.runtime.kv_policy import KVPolicy
 
-T = TypeVar("T")
 _PARTS = ("text", "choices", "needle", "generate_needle")
 _NEEDLE_ONLY = ("needle_lengths", "needle_text", "needle_fact", "needle_question")
 _INPUTS = ("text", "against", "choices", "needle_text")
@@ -66,11 +60,13 @@ def evaluate(model: Path, **options: Any) -> int:
     asks = options["needle"] or options["generate_needle"] is not None
     grid = eval_parts.NeedleGrid(model, options, _note) if asks else None
     figures: dict[str, Any] = {"model": str(model)}
-    with _kill_as_interrupt():
+    with kill_as_interrupt():
         if text is not None:
             figures |= _text(model, text, options)
         if questions is not None:
-            figures["choices"] = _in_thread(lambda monitor: measure_choices(model, questions, options, monitor, _note))
+            figures["choices"] = in_thread(
+                lambda monitor: measure_choices(model, questions, options, monitor, _note), "ziggurat-eval"
+            )
         if grid is not None:
             _needle(grid, options, figures)
         if options["kv"] is not None:  # it still is if the model can have one
@@ -131,7 +127,9 @@ def _text(path: Path, text: str, options: dict[str, Any]) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if against is not None and against.is_dir():
             against = stack.enter_context(as_gguf(against, _note))
-        figures |= _in_thread(lambda monitor: measure_text(path, text, against, options, monitor, _note))
+        figures |= in_thread(
+            lambda monitor: measure_text(path, text, against, options, monitor, _note), "ziggurat-eval"
+        )
     return figures
 
 
@@ -144,67 +142,8 @@ def _needle(grid: NeedleGrid, options: dict[str, Any], figures: dict[str, Any]) 
         write_atomic(target, grid.jsonl().encode(), "--generate-needle")
         _note(f"{len(grid.needles)} documents in {target}")
     if options["needle"]:
-        with _progress() as report:  # the engine has a thread of its own, so Ctrl-C arrives here
+        with progress() as report:  # the engine has a thread of its own, so Ctrl-C arrives here
             figures["needle"] = grid.measure(Monitor(report))
-
-
-@contextlib.contextmanager
-def _kill_as_interrupt() -> Iterator[None]:
-    """Let a polite kill remove what is half done, as Ctrl-C does."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # handlers can be set in the main thread only
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _in_thread(work: Callable[[Monitor], T]) -> T:
-    """Run the work in a thread, so that Ctrl-C reaches the main one, and abort what it computes then."""
-    from ziggurat.runtime.evaluate.monitor import Monitor
-
-    with _progress() as report:
-        monitor = Monitor(report)
-        done: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(work(monitor))
-            except BaseException as error:
-                done.set_exception(error)
-
-        thread = threading.Thread(target=run, name="ziggurat-eval")
-        thread.start()
-        try:
-            return done.result()
-        finally:
-            monitor.stop()
-            thread.join()
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Report]:
-    """Show a bar with the time left while stderr is a terminal, and nothing otherwise."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield report
 
 
 def _finish(figures: dict[str, Any], options: dict[str, Any]) -> None:

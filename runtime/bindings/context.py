@@ -102,6 +102,12 @@ class Context:
         """Tokens computed at once; at most what the settings asked."""
         return int(self._lib.llama_n_ubatch(self.handle))
 
+    def set_threads(self, n_threads: int) -> None:
+        """Compute with so many threads from now on, single tokens and prompts alike."""
+        if n_threads < 1:
+            raise InvalidRequestError(f"{n_threads} threads cannot compute anything")
+        self._lib.llama_set_n_threads(self.handle, n_threads, n_threads)
+
     def new_batch(self) -> Batch:
         """Return an empty batch of the largest size this context takes."""
         return Batch(self.n_batch, self.settings.n_seq_max)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ziggurat.runtime.errors import ModelFileError, UnsupportedError
+from ziggurat.runtime.errors import InvalidRequestError, ModelFileError, UnsupportedError
 from ziggurat.runtime.plan.file_types import FileType, Role, bits_per_weight, file_type
 from ziggurat.runtime.plan.kv import KVShape, sliding_windows
 from ziggurat.runtime.plan.outline import Outline, Weights
@@ -90,21 +90,14 @@ def checkpoint_outline(path: Path, type_name: str) -> Outline:
     either way. Raises ModelFileError for a file that is missing or makes no sense, UnsupportedError for a family or a
     file type that is not known here.
     """
-    config_path = path / "config.json" if path.is_dir() else path
+    config_path = _config_path(path)
     kind = file_type(type_name)
     config = _read(config_path)
-    model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        raise UnsupportedError(
-            f"{config_path}: models of type {model_type} cannot be planned before they are converted;"
-            f" known are {', '.join(FAMILIES)}"
-        )
+    family = _family(config_path, config)
     dims = _dims(config_path, config, family)
     shapes = tensor_shapes(config_path.parent)
     parts = _parts_of(shapes, dims) if shapes is not None else _parts(dims, family)
     weights = _weights(parts, dims, kind)
-    heads = (dims.n_head,) * dims.n_layer
     return Outline(
         path=path,
         architecture=family.arch,
@@ -112,15 +105,79 @@ def checkpoint_outline(path: Path, type_name: str) -> Outline:
         n_ff=dims.n_ff * max(dims.n_expert_used, 1),
         n_vocab=dims.n_vocab,
         n_ctx_train=dims.n_ctx,
-        kv=KVShape(
-            n_head=heads,
-            n_head_kv=(dims.n_head_kv,) * dims.n_layer,
-            key_length=dims.head_dim,
-            value_length=dims.head_dim,
-            window=sliding_windows(family.arch, dims.n_layer, dims.window),
-            n_ctx_train=dims.n_ctx,
-        ),
+        kv=_kv_shape(dims, family),
         weights=weights,
+    )
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """How many weights a token is multiplied with, in the layers and for the output, and how many there are in all.
+
+    ``weights`` are the bytes of them as a file of some type.
+    """
+
+    layers: int
+    output: int
+    all: int
+    n_embd: int
+    kv: KVShape
+    weights: Weights
+
+
+def config_of(path: Path) -> Mapping[str, Any]:
+    """Read the config of a checkpoint: its folder, or ``config.json`` itself. Raises ModelFileError."""
+    return _read(_config_path(path))
+
+
+def weight_counts(path: Path, config: Mapping[str, Any], *, type_name: str, blocks: int | None = None) -> WeightCounts:
+    """Count the weights of a dense model by its config alone, of which ``blocks`` blocks are left; None: all.
+
+    ``path`` is for messages. Raises ModelFileError, UnsupportedError and InvalidRequestError.
+    """
+    kind = file_type(type_name)
+    family = _family(path, config)
+    dims = _dims(path, config, family)
+    if dims.n_expert:
+        raise UnsupportedError(f"{path}: experts are counted in a converted file only; give the .gguf")
+    if blocks is not None and not 1 <= blocks <= dims.n_layer:
+        raise InvalidRequestError(f"{path}: has {dims.n_layer} blocks; {blocks} of them cannot be left")
+    dims = replace(dims, n_layer=blocks or dims.n_layer)
+    parts = list(_parts(dims, family))
+    embedding = dims.n_embd * dims.n_vocab
+    return WeightCounts(
+        layers=sum(count for layer, role, count in parts if layer is not None and role != "vector"),
+        output=embedding,
+        all=sum(count for _, _, count in parts),
+        n_embd=dims.n_embd,
+        kv=_kv_shape(dims, family),
+        weights=_weights(iter(parts), dims, kind),
+    )
+
+
+def _config_path(path: Path) -> Path:
+    return path / "config.json" if path.is_dir() else path
+
+
+def _family(path: Path, config: Mapping[str, Any]) -> Family:
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UnsupportedError(
+            f"{path}: models of type {model_type} cannot be planned before they are converted;"
+            f" known are {', '.join(FAMILIES)}"
+        )
+    return family
+
+
+def _kv_shape(dims: _Dims, family: Family) -> KVShape:
+    return KVShape(
+        n_head=(dims.n_head,) * dims.n_layer,
+        n_head_kv=(dims.n_head_kv,) * dims.n_layer,
+        key_length=dims.head_dim,
+        value_length=dims.head_dim,
+        window=sliding_windows(family.arch, dims.n_layer, dims.window),
+        n_ctx_train=dims.n_ctx,
     )
 
 
@@ -139,7 +196,7 @@ def _read(path: Path) -> dict[str, Any]:
     return text if isinstance(text, dict) else config
 
 
-def _dims(path: Path, config: dict[str, Any], family: Family) -> _Dims:
+def _dims(path: Path, config: Mapping[str, Any], family: Family) -> _Dims:
     config = {_GPT2.get(key, key): value for key, value in config.items()}
 
     def number(*keys: str, default: int | None = None) -> int:
