@@ -112,12 +112,15 @@ def _check(model: Path | None, options: dict[str, Any]) -> None:
 def _here(options: dict[str, Any]) -> bool:
     """Whether the model is to be measured: always, unless the roof is that of a device which this machine has not."""
     from ziggurat.runtime import hardware
+    from ziggurat.runtime.bindings import supports_gpu_offload
     from ziggurat.runtime.plan.roofline import DEVICES
 
     name = options["device"]
     if not options["roofline"] or name in (None, MEASURED):
         return True
-    return any(DEVICES[name].name.upper() in gpu.name.upper().split() for gpu in hardware.nvidia_gpus())
+    return supports_gpu_offload() and any(
+        DEVICES[name].name.upper() in gpu.name.upper().split() for gpu in hardware.nvidia_gpus()
+    )
 
 
 def _measured(path: Path, axes: Axes, work: Work, options: dict[str, Any]) -> tuple[Report, RoofLine | None]:
@@ -127,9 +130,16 @@ def _measured(path: Path, axes: Axes, work: Work, options: dict[str, Any]) -> tu
     from ziggurat.runtime.bench.memory import check_memory
     from ziggurat.runtime.errors import UnsupportedError
     from ziggurat.runtime.gguf_file import read_gguf
+    from ziggurat.runtime.plan.roofline import DEVICES
     from ziggurat.runtime.plan.shapes import gguf_demand
 
     file = read_gguf(path)
+    if options["roofline"] and options["device"] in (None, MEASURED) and _on_gpu(options):
+        known = ", ".join(DEVICES)
+        raise InvalidRequestError(
+            f"--roofline: the model runs on a GPU, whose memory is not measured here: give --device ({known}), or"
+            " --gpu-layers 0"
+        )
     try:
         shape = plan.kv_shape(file)
     except UnsupportedError:
@@ -147,16 +157,22 @@ def _measured(path: Path, axes: Axes, work: Work, options: dict[str, Any]) -> tu
     return report, _line(gguf_demand(file), _device(options, work, report.bandwidth), axes, work, report)
 
 
+def _on_gpu(options: dict[str, Any]) -> bool:
+    from ziggurat.runtime.bindings import supports_gpu_offload
+
+    return supports_gpu_offload() and options["gpu_layers"] != 0
+
+
 def _bench(file: GGUFFile, shape: Any, axes: Axes, work: Work, options: dict[str, Any], monitor: Monitor) -> Report:
     from ziggurat.runtime.bench.bandwidth import measure_bandwidth
     from ziggurat.runtime.bench.report import About, Report
     from ziggurat.runtime.bench.runner import run
-    from ziggurat.runtime.bindings import Model, devices, kv, probe, supports_gpu_offload
+    from ziggurat.runtime.bindings import Model, devices, kv, probe
     from ziggurat.runtime.errors import UnsupportedError
     from ziggurat.runtime.plan.shapes import gguf_demand
 
     gpus = [device.name for device in devices() if device.kind in ("gpu", "igpu")]
-    on_gpu = supports_gpu_offload() and options["gpu_layers"] != 0
+    on_gpu = _on_gpu(options)
     bandwidth = None if on_gpu else measure_bandwidth(max(work.threads))
     with Model(file.path, gpu_layers=options["gpu_layers"], progress=monitor.loading) as model:
         if not model.generates_text:
