@@ -17,8 +17,8 @@ from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
 
 #: Last tokens whose queries observe, and first tokens that always stay.
 WINDOW, SINKS = 32, 4
-#: Pooling of the score snapkv. Wider than the papers' 5 (average) or 7 (maximum): an answer of several tokens stands
-#: beside what the question attends to, see ``tests/benchmarks/kv_retrieval.py``.
+#: Pooling of the score snapkv; the others are not pooled unless asked. Wider than the papers' 5 (average) or 7 (maximum):
+#: an answer of several tokens stands beside what the question attends to, see ``tests/benchmarks/kv_retrieval.py``.
 POOL, POOL_TYPE = 13, "max"
 #: What the pyramid's base is divided by to give its top.
 BETA = 20
@@ -109,8 +109,8 @@ SCORES = {
         Method("recent", "StreamingLLM (Xiao et al. 2023)", "https://arxiv.org/abs/2309.17453"),
         Method("random", "rows drawn at random: the control", ""),
         Method("h2o", *_H2O, ready=False),
-        Method("tova", *_TOVA, ready=False),
-        Method("keydiff", *_KEYDIFF, ready=False),
+        Method("tova", *_TOVA),
+        Method("keydiff", *_KEYDIFF),
     )
 }
 
@@ -143,6 +143,11 @@ def schedule_named(name: str) -> Schedule:
     if name not in SCHEDULES:
         raise InvalidRequestError(f"there is no schedule {name!r}; take one of {', '.join(SCHEDULES)}")
     return SCHEDULES[name]
+
+
+def pool_of(score: str) -> int:
+    """Return over how many positions a score is pooled unless asked otherwise."""
+    return POOL if score == "snapkv" else 1
 
 
 def check_score(name: str) -> None:

@@ -16,6 +16,7 @@ from ziggurat.runtime.budget import (
     allocate,
     check_score,
     parse_budget,
+    pool_of,
     schedule_named,
 )
 from ziggurat.runtime.errors import InvalidRequestError
@@ -42,7 +43,7 @@ class KVPolicy:
     score: str = KVSettings.score
     window: int = KVSettings.window
     sinks: int = KVSettings.sinks
-    pool: int = KVSettings.pool
+    pool: int | None = None
     pool_type: str = KVSettings.pool_type
     slack: int = KVSettings.slack
     prefill: str = KVSettings.prefill
@@ -52,7 +53,9 @@ class KVPolicy:
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        if self.pool % 2 == 0:
+        if self.pool is None:
+            object.__setattr__(self, "pool", pool_of(self.score))
+        if not self.pool or self.pool % 2 == 0:
             raise InvalidRequestError(f"--kv-pool {self.pool}: it has to be odd, so that it has a middle")
         least = self.window + self.sinks
         if self.budget.rows is not None and self.budget.rows < least:

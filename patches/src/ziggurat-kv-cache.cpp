@@ -36,7 +36,7 @@ static void check_params(const ziggurat_kv_params & params, const llama_hparams 
         fail(format("a slack of %u rows; it has 1 to %u", params.slack, 1u << 20));
     }
     if (params.pool_type < ZIGGURAT_KV_POOL_AVG || params.pool_type > ZIGGURAT_KV_POOL_MAX ||
-        params.score < ZIGGURAT_KV_SCORE_SNAPKV || params.score > ZIGGURAT_KV_SCORE_RANDOM ||
+        params.score < ZIGGURAT_KV_SCORE_SNAPKV || params.score > ZIGGURAT_KV_SCORE_KEYDIFF ||
         params.prefill < ZIGGURAT_KV_PREFILL_EXACT || params.prefill > ZIGGURAT_KV_PREFILL_LANE) {
         fail("an unknown pooling, score or prefill");
     }
@@ -59,7 +59,7 @@ ziggurat_kv_cache::ziggurat_kv_cache(
     model(model), hparams(model.hparams), params(asked),
     n_seq(cparams.n_seq_max), n_reading(std::min(asked.n_reading, n_seq)), n_copies(std::min(asked.n_copies, n_reading)),
     n_ctx(GGML_PAD(cparams.n_ctx_seq, ROW_PADDING)), n_ubatch(cparams.n_ubatch),
-    n_ring(asked.window + ZIGGURAT_KV_RING_SPARE),
+    n_ring(observed(asked) + ZIGGURAT_KV_RING_SPARE),
     cparams(cparams), type_k(memory_params.type_k), type_v(memory_params.type_v), offload(cparams.offload_kqv) {
     check_params(params, hparams, cparams);
 
@@ -232,7 +232,7 @@ void ziggurat_kv_cache::make_stage(bool shared) {
 uint32_t ziggurat_kv_cache::n_extra_nodes() const {
     uint32_t n = 0;
     for (const auto & layer : layers) {
-        n += 64 + 10*layer.n_head_kv;
+        n += 64 + 12*layer.n_head_kv;
     }
     return n;
 }
@@ -276,6 +276,14 @@ std::map<ggml_backend_buffer_type_t, size_t> ziggurat_kv_cache::memory_breakdown
 //
 // sequences
 //
+
+uint32_t ziggurat_kv_cache::observed(const ziggurat_kv_params & params) {
+    switch (params.score) {
+        case ZIGGURAT_KV_SCORE_SNAPKV: return params.window;
+        case ZIGGURAT_KV_SCORE_TOVA:   return 1;
+        default:                       return 0;
+    }
+}
 
 uint32_t ziggurat_kv_cache::padded_rows(const ziggurat_kv_layer & layer, uint32_t n) const {
     return std::min(layer.capacity, std::max<uint32_t>(ROW_PADDING, GGML_PAD(n, ROW_PADDING)));
@@ -330,8 +338,8 @@ void ziggurat_kv_cache::advance(uint32_t index, uint32_t n) {
 
 void ziggurat_kv_cache::note_read(uint32_t index, uint32_t n) {
     auto & seq = seqs[index];
-    if (n > params.window) {
-        seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) params.window);
+    if (n > observed(params)) {
+        seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) observed(params));
     }
 }
 

@@ -159,7 +159,10 @@ public:
 
     uint32_t step_tokens = 1; // see ziggurat_kv_set_step
 
-    bool uses_queries() const { return params.score == ZIGGURAT_KV_SCORE_SNAPKV; }
+    // queries of a sequence's last tokens that a selection is by
+    static uint32_t observed(const ziggurat_kv_params & params);
+
+    bool uses_queries() const { return observed(params) > 0; }
     bool exists(llama_seq_id seq_id) const { return seq_id >= 0 && (uint32_t) seq_id < n_seq; }
 
     ziggurat_kv_layout layout() const;

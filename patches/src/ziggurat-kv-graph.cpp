@@ -77,7 +77,7 @@ ziggurat_kv_input::ziggurat_kv_input(
 
     if (kv.evicts && kv.uses_queries()) {
         // what is written in place may be removed again, and the window then lies further back
-        const uint32_t wanted = step.staged ? kv.params.window : kv.n_ring;
+        const uint32_t wanted = step.staged ? kv.observed(kv.params) : kv.n_ring;
         const uint32_t later  = step.staged ? step.total - std::min(step.total, step.offset + n_tokens) : 0;
         n_window = std::min(n_seq_tokens, wanted - std::min(wanted, later));
         if (n_window > 0) {

@@ -10,13 +10,13 @@
 
 namespace {
 
-// The queries of the observation window, in the order of their positions: where in the ring they are, which rows each
+// The last queries that a selection is by, in the order of their positions: where in the ring they are, which rows each
 // of them sees, and what it weighs.
 class window_input : public llm_graph_input_i {
 public:
     window_input(ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel, uint32_t n_group) :
         ring(kv.n_ring), plane(sel.plane), last(sel.last), queries_from(sel.queries_from) {
-        const uint32_t window = kv.params.window;
+        const uint32_t window = kv.observed(kv.params);
         slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, window);
         ggml_set_input(slots);
         ggml_set_name(slots, "kv_window_slots");
@@ -113,13 +113,13 @@ ggml_tensor * pooled(ggml_context * ctx, ggml_tensor * scores, const ziggurat_kv
     return ggml_pool_1d(ctx, scores, GGML_OP_POOL_AVG, params.pool, 1, 0);
 }
 
-// SnapKV: how much attention the window's queries pay to each row, averaged over them and over the query heads of a KV
-// head (in F32, causal within the window), then pooled.
-ggml_tensor * snapkv(
+// How much attention the last queries pay to each row, averaged over them and over the query heads of a KV head (in F32,
+// causal among the last rows): F32 [n, n_head_kv].
+ggml_tensor * attention(
         ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
     const auto & layer = kv.layers[sel.il];
 
-    const int64_t window = kv.params.window;
+    const int64_t window = kv.observed(kv.params);
     const int64_t group  = layer.n_head/layer.n_head_kv;
     const int64_t d      = layer.queries->ne[0]/layer.n_head;
 
@@ -144,8 +144,42 @@ ggml_tensor * snapkv(
         // now, or the temporaries of all heads may live at once
         ggml_build_forward_expand(gf, scores);
     }
-    scores = ggml_cont(ctx, ggml_view_2d(ctx, scores, sel.n - window, layer.n_head_kv, scores->nb[1], 0));
-    return pooled(ctx, scores, kv.params);
+    return scores;
+}
+
+// The mean of the KV heads, for each of them.
+ggml_tensor * same_for_all_heads(ggml_context * ctx, ggml_tensor * scores) {
+    const int64_t n = scores->ne[1];
+    ggml_tensor * sum = nullptr;
+    for (int64_t h = 0; h < n; ++h) {
+        ggml_tensor * one = ggml_view_1d(ctx, scores, scores->ne[0], h*scores->nb[1]);
+        sum = sum ? ggml_add(ctx, sum, one) : one;
+    }
+    return ggml_repeat_4d(ctx, ggml_scale(ctx, sum, 1.0f/n), scores->ne[0], n, 1, 1);
+}
+
+// 1 - the cosine similarity of each key to the mean of all keys at length 1, by KV head: F32 [n, n_head_kv].
+ggml_tensor * key_differences(ggml_context * ctx, ggml_cgraph * gf, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    const int64_t n_head_kv = kv.layers[sel.il].n_head_kv;
+    const int64_t d         = sel.k->ne[0]/n_head_kv;
+    const size_t  head_size = ggml_row_size(sel.k->type, d);
+    const float   shortest  = 1e-12f; // published code divides by no less
+
+    ggml_tensor * counts = ggml_arange(ctx, 0.0f, (float) sel.n, 1.0f);
+    ggml_tensor * all    = ggml_cast(ctx, counts, GGML_TYPE_I32);
+    ggml_tensor * ones   = ggml_reshape_2d(ctx, ggml_scale_bias(ctx, counts, 0.0f, 1.0f), 1, sel.n);
+
+    ggml_tensor * scores = nullptr;
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        ggml_tensor * k = ggml_view_2d(ctx, sel.k, d, sel.n, sel.k->nb[1], sel.k_offset + h*head_size);
+
+        k = ggml_l2_norm(ctx, ggml_get_rows(ctx, k, all), shortest); // in F32, whatever the rows have
+        ggml_tensor * mean = ggml_l2_norm(ctx, ggml_out_prod(ctx, k, ones), shortest); // [d, 1]
+        ggml_tensor * s    = ggml_scale_bias(ctx, ggml_mul_mat(ctx, k, mean), -1.0f, 1.0f); // [n, 1]
+        scores = scores ? ggml_concat(ctx, scores, s, 1) : s;
+        ggml_build_forward_expand(gf, scores); // now, as above
+    }
+    return scores;
 }
 
 ggml_tensor * random_scores(
@@ -160,9 +194,15 @@ ggml_tensor * random_scores(
 
 ggml_tensor * ziggurat_kv_build_scores(
         ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    ggml_tensor * scores = nullptr;
     switch (kv.params.score) {
-        case ZIGGURAT_KV_SCORE_SNAPKV: return snapkv(ctx, gf, res, kv, sel);
-        case ZIGGURAT_KV_SCORE_RANDOM: return random_scores(ctx, gf, res, kv, sel);
-        default:                       return nullptr;
+        case ZIGGURAT_KV_SCORE_SNAPKV:  scores = attention(ctx, gf, res, kv, sel); break;
+        case ZIGGURAT_KV_SCORE_TOVA:    scores = same_for_all_heads(ctx, attention(ctx, gf, res, kv, sel)); break;
+        case ZIGGURAT_KV_SCORE_KEYDIFF: scores = key_differences(ctx, gf, kv, sel); break;
+        case ZIGGURAT_KV_SCORE_RANDOM:  return random_scores(ctx, gf, res, kv, sel);
+        default:                        return nullptr;
     }
+    // those of the rows before the window
+    scores = ggml_cont(ctx, ggml_view_2d(ctx, scores, sel.n - kv.params.window, scores->ne[1], scores->nb[1], 0));
+    return pooled(ctx, scores, kv.params);
 }

@@ -171,7 +171,7 @@ int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id) {
     }
     if (kv->uses_queries() && seq.queries_from >= seq.next) {
         kv->refusal = format("sequence %d has no queries to select by: all of its last %u tokens were removed",
-                seq_id, kv->params.window);
+                seq_id, kv->observed(kv->params));
         return -1;
     }
     try {

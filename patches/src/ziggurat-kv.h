@@ -23,6 +23,10 @@ enum ziggurat_kv_score {
     ZIGGURAT_KV_SCORE_SNAPKV = 0, // attention that the last `window` queries pay to a row (SnapKV, arXiv 2404.14469)
     ZIGGURAT_KV_SCORE_RECENT = 1, // the latest rows, beside the sinks (StreamingLLM, arXiv 2309.17453)
     ZIGGURAT_KV_SCORE_RANDOM = 2, // rows drawn by `seed`: the control
+    ZIGGURAT_KV_SCORE_TOVA   = 3, // attention that the last query pays to a row, the mean over all heads of a layer, whose KV
+                                  // heads so keep the same rows (TOVA, arXiv 2401.06104)
+    ZIGGURAT_KV_SCORE_KEYDIFF = 4, // how little a key is like the others of its KV head: 1 - its cosine similarity to the
+                                  // mean of all keys at length 1 (KeyDiff, arXiv 2504.15364)
 };
 
 enum ziggurat_kv_prefill {
@@ -50,9 +54,9 @@ enum ziggurat_kv_pool {
 struct ziggurat_kv_params {
     uint32_t         n_layer; // length of rows; the model's number of layers
     const uint32_t * rows;    // rows per KV head that a layer keeps after a prompt, window and sinks included
-    uint32_t         window;  // last tokens whose queries score, and which always stay
+    uint32_t         window;  // last tokens, which always stay, and whose queries score if any do (tova: the last one's)
     uint32_t         sinks;   // first tokens that always stay
-    uint32_t         pool;    // width of the pooling over positions, odd; 1 for none
+    uint32_t         pool;    // width of the pooling of scores over positions, odd; 1 for none
     int32_t          pool_type;
     uint32_t         slack;   // rows a layer has at least beyond its budget, for generated tokens
     int32_t          score;
@@ -66,7 +70,7 @@ struct ziggurat_kv_params {
 struct ziggurat_kv_layout {
     uint64_t rows_bytes;     // K and V rows of the sequences
     uint64_t position_bytes; // positions of the selected rows
-    uint64_t query_bytes;    // queries of each sequence's last `window` tokens
+    uint64_t query_bytes;    // queries of each sequence's last tokens, where they score
     uint64_t copy_bytes;     // the same three again, of the sequences that prompts are being read for
     uint64_t stage_bytes;    // K and V rows of the prompts being read: of one layer, or of all (the lane)
     uint64_t hidden_bytes;   // hidden states of the prompts being read
@@ -125,8 +129,8 @@ ZIGGURAT_API int32_t ziggurat_kv_set_step(struct llama_context * ctx, uint32_t n
 
 // The first position from which on a sequence's end can be removed: from any position there or later llama_memory_seq_rm
 // removes the end. 0 while nothing was evicted; what follows the last token if nothing can be removed, as while a prompt
-// is being read. (The rows are then exactly those of before. Queries are of the last `window` + 16 tokens that there ever
-// were, so a selection that comes less than `window` tokens after a longer removal is by fewer of them.)
+// is being read. (The rows are then exactly those of before. Queries are of the last `window` (tova: 1) + 16 tokens that
+// there ever were, so a selection that comes less than `window` tokens after a longer removal is by fewer of them.)
 ZIGGURAT_API int32_t ziggurat_kv_removable_from(const struct llama_context * ctx, int32_t seq_id);
 
 // Reading a prompt in steps, with whatever else the context is asked in between. A step is one ubatch in one layer, or in

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ziggurat.runtime.budget import POOL, POOL_TYPE, SINKS, WINDOW
+from ziggurat.runtime.budget import POOL_TYPE, SINKS, WINDOW, pool_of
 from ziggurat.runtime.errors import InvalidRequestError
 
 #: Which rows stay.
-SCORES = {"snapkv": 0, "recent": 1, "random": 2}
+SCORES = {"snapkv": 0, "recent": 1, "random": 2, "tova": 3, "keydiff": 4}
 #: How prompts are read; lane is for comparisons.
 PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2, "lane": 3}
 #: How scores are pooled over neighbouring positions.
@@ -25,8 +25,10 @@ class KVSettings:
     """A context's KV budget.
 
     ``rows`` are those per KV head that each of the model's layers keeps after a prompt, the ``window`` last tokens and
-    the ``sinks`` first ones included; more than the context has mean all. The queries of the window observe: their
-    attention, pooled over ``pool`` positions (odd) by ``pool_type``, is the score snapkv. ``slack`` is how many rows a
+    the ``sinks`` first ones included; more than the context has mean all. What the others are chosen by is ``score``,
+    see ``ziggurat-kv.h``: the attention of the window's queries (snapkv) or of the last one (tova), how little a key is
+    like the others (keydiff), the latest rows (recent), chance (random). Scores are pooled over ``pool`` positions (odd;
+    None: 13 for snapkv, 1 for the others) by ``pool_type``. ``slack`` is how many rows a
     layer has beyond, at least, for generated tokens. ``prefill`` exact selects once, after the whole prompt, layer by
     layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
     refuses the latter, which lane takes in any case; chunked selects after every ubatch, which loses what only the
@@ -38,7 +40,7 @@ class KVSettings:
     rows: tuple[int, ...]
     window: int = WINDOW
     sinks: int = SINKS
-    pool: int = POOL
+    pool: int | None = None
     pool_type: str = POOL_TYPE
     slack: int = 64
     score: str = "snapkv"
@@ -49,12 +51,14 @@ class KVSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
+        if self.pool is None:
+            object.__setattr__(self, "pool", pool_of(self.score))
         for name, (least, most) in _BOUNDS.items():
             if not least <= getattr(self, name) <= most:
                 raise InvalidRequestError(
                     f"the KV budget's {name} is {getattr(self, name)}; it must be from {least} to {most}"
                 )
-        if self.pool % 2 == 0:
+        if not self.pool or self.pool % 2 == 0:
             raise InvalidRequestError(f"the KV budget's pool is {self.pool}; it must be odd")
         for name, known in (("pool_type", POOLS), ("score", SCORES), ("prefill", PREFILLS)):
             if getattr(self, name) not in known:

@@ -19,7 +19,7 @@ from helpers.stock import Gguf
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
-SCORES = ("snapkv", "recent", "random")
+SCORES = ("snapkv", "recent", "random", "tova", "keydiff")
 PREFILLS = ("exact", "bounded", "chunked", "lane")
 POOLS = ("avg", "max")
 

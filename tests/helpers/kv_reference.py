@@ -1,8 +1,8 @@
 """What a model with KV budgets has to compute, written down once more in NumPy and F64, a layer at a time.
 
 A Llama-style forward pass from a GGUF's F32 weights (Llama, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, Granite), a cache
-whose rows are kept per KV head, and the selection: SnapKV's observation window (arXiv 2404.14469) with sinks, or the
-latest rows.
+whose rows are kept per KV head, and the selection: by the attention of SnapKV's observation window (arXiv 2404.14469) or
+of TOVA's last query (2401.06104), by KeyDiff's similarity of keys (2504.15364), with sinks; or the latest rows.
 No chunks, no stage, no capacity: a prompt is read whole and then brought down to its budget.
 """
 
@@ -148,7 +148,7 @@ class ReferenceSequence:
         cache.keys = np.concatenate([cache.keys, k.swapaxes(0, 1)], 1)
         cache.values = np.concatenate([cache.values, v.swapaxes(0, 1)], 1)
         cache.positions = np.concatenate([cache.positions, np.tile(positions, (kv_heads, 1))], 1)
-        n_queries = (self.budget.window if self.budget else 1) + RING_SPARE
+        n_queries = (_observed(self.budget) if self.budget else 1) + RING_SPARE
         cache.queries = np.concatenate([cache.queries, q.swapaxes(0, 1)], 1)[:, -n_queries:]
         weights = _attend(q.swapaxes(0, 1), cache, positions, w.scale)
         out = weights @ np.repeat(cache.values, heads // kv_heads, 0)
@@ -185,15 +185,24 @@ class ReferenceSequence:
         return out
 
     def scores(self, layer: int) -> Array:
-        """What the last queries pay to each row before them, pooled: (KV heads, rows - window)."""
+        """What the budget's score gives each row before the window, pooled: (KV heads, rows - window)."""
         assert self.budget is not None
         cache = self.layers[layer]
-        queries = cache.queries[:, -self.budget.window :]
+        if self.budget.score == "keydiff":
+            score = _key_differences(cache.keys)
+        else:
+            score = self._attention_of_the_last(cache, self.budget)
+        return _pooled(score[:, : -self.budget.window], self.budget.pool, self.budget.pool_type)
+
+    def _attention_of_the_last(self, cache: Rows, budget: Budget) -> Array:
+        """What the window's queries, or tova's last one, pay to each row: (KV heads, rows)."""
+        queries = cache.queries[:, -_observed(budget) :]
         count = queries.shape[1]
-        seen = _attend(queries, cache, np.arange(self.n - count, self.n, dtype=np.int32), self.w.scale)
+        seen = _attend(queries, cache, np.arange(self.n - count, self.n, dtype=np.int32), self.w.scale).mean(1)
         kv_heads = len(cache.keys)
-        mean = seen.mean(1).reshape(kv_heads, -1, seen.shape[-1]).mean(1)[:, : -self.budget.window]
-        return _pooled(mean, self.budget.pool, self.budget.pool_type)
+        if budget.score == "tova":
+            return np.tile(seen.mean(0), (kv_heads, 1))
+        return np.asarray(seen.reshape(kv_heads, -1, seen.shape[-1]).mean(1))
 
     def wanted(self, layer: int) -> Ints:
         """Positions that the layer keeps, (KV heads, budget), by the budget's score."""
@@ -238,6 +247,18 @@ class ReferenceSequence:
             assert best - worst <= tolerance * best, f"layer {layer}, head {head}: {extra} kept instead of {missing}"
             swapped += len(extra)
         return swapped
+
+
+def _observed(budget: Budget) -> int:
+    """How many of the last queries score."""
+    return 1 if budget.score == "tova" else budget.window
+
+
+def _key_differences(keys: Array) -> Array:
+    """1 - cosine similarity of each key to the mean of all at length 1, (KV heads, rows)."""
+    anchor = (keys / np.linalg.norm(keys, axis=-1, keepdims=True)).mean(1, keepdims=True)
+    products = (keys * anchor).sum(-1)
+    return np.asarray(1 - products / np.linalg.norm(keys, axis=-1) / np.linalg.norm(anchor, axis=-1))
 
 
 def _attend(queries: Array, cache: Rows, positions: Ints, scale: float) -> Array:

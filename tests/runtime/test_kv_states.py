@@ -19,6 +19,8 @@ WAYS: dict[str, tuple[Budget, dict[str, Any]]] = {
     "max pooling": (replace(BUDGET, pool_type="max"), {}),
     "random": (replace(BUDGET, score="random", seed=3), {}),
     "recent": (replace(BUDGET, score="recent"), {}),
+    "tova": (replace(BUDGET, score="tova"), {}),
+    "keydiff": (replace(BUDGET, score="keydiff"), {}),
     "lane": (replace(BUDGET, prefill="lane"), {}),
     "chunked": (replace(BUDGET, prefill="chunked"), {}),
     "nothing is evicted": (Budget((600,) * 3), {}),
