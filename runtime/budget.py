@@ -108,7 +108,7 @@ SCORES = {
         Method("snapkv", "SnapKV (Li et al. 2024)", "https://arxiv.org/abs/2404.14469"),
         Method("recent", "StreamingLLM (Xiao et al. 2023)", "https://arxiv.org/abs/2309.17453"),
         Method("random", "rows drawn at random: the control", ""),
-        Method("h2o", *_H2O, ready=False),
+        Method("h2o", *_H2O),
         Method("tova", *_TOVA),
         Method("keydiff", *_KEYDIFF),
     )

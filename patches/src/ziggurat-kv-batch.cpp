@@ -106,7 +106,8 @@ ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_
         return need::in_place; // there is room, or is made: see due_selections
     }
     // rows are written beside those that are there, but only so many queries are
-    const bool can_undo = !evicts || !uses_queries() || seqs[seq_id].next == 0 || n_tokens <= ZIGGURAT_KV_RING_SPARE;
+    const bool can_undo = !evicts || !uses_queries() || (seqs[seq_id].next == 0 && !sums_up()) ||
+            n_tokens <= ZIGGURAT_KV_RING_SPARE;
     if (fits_budget(seq_id, n_tokens) && can_undo) {
         return need::in_place;
     }
@@ -161,8 +162,7 @@ std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(
             above |= seqs[s].used[il] > seqs[s].budget[il];
         }
         // not early if a removal took all queries to select by, which leaves room for more than a step
-        const bool blind = uses_queries() && seqs[s].queries_from >= seqs[s].next;
-        if (above && (!blind || room < n_tokens)) {
+        if (above && (!is_blind(seqs[s]) || room < n_tokens)) {
             rooms.push_back({ room/n_tokens, s });
         }
     }
@@ -187,6 +187,7 @@ std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(
 llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool) {
     refusal.clear();
     to_select.clear();
+    to_settle.clear();
     balloc.split_reset();
 
     const auto failed = [](llama_memory_status status) { return std::make_unique<ziggurat_kv_context>(status); };
@@ -217,7 +218,14 @@ llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & ball
     if (evicts && before == selection::none) {
         to_select = due_selections(stepping);
     }
-    if (!to_select.empty()) {
+    for (const auto s : order) {
+        const bool full = seqs[s].next - seqs[s].queries_from + (llama_pos) n_tokens[s] > (llama_pos) n_ring;
+        const bool due  = std::find(to_select.begin(), to_select.end(), s) != to_select.end(); // which does it as well
+        if (sums_up() && full && !due && needs[s] == need::in_place && before == selection::none) {
+            to_settle.push_back(s);
+        }
+    }
+    if (!to_select.empty() || !to_settle.empty()) {
         // llama_context lets the memory update itself, see init_update, and tries again
         return failed(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }

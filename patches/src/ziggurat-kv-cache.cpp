@@ -2,6 +2,7 @@
 
 #include "ziggurat-kv-context.h"
 #include "ziggurat-kv-cut.h"
+#include "ziggurat-kv-sums.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -36,7 +37,7 @@ static void check_params(const ziggurat_kv_params & params, const llama_hparams 
         fail(format("a slack of %u rows; it has 1 to %u", params.slack, 1u << 20));
     }
     if (params.pool_type < ZIGGURAT_KV_POOL_AVG || params.pool_type > ZIGGURAT_KV_POOL_MAX ||
-        params.score < ZIGGURAT_KV_SCORE_SNAPKV || params.score > ZIGGURAT_KV_SCORE_KEYDIFF ||
+        params.score < ZIGGURAT_KV_SCORE_SNAPKV || params.score > ZIGGURAT_KV_SCORE_H2O ||
         params.prefill < ZIGGURAT_KV_PREFILL_EXACT || params.prefill > ZIGGURAT_KV_PREFILL_LANE) {
         fail("an unknown pooling, score or prefill");
     }
@@ -90,8 +91,8 @@ ziggurat_kv_cache::ziggurat_kv_cache(
     }
 
     const auto size = layout();
-    LLAMA_LOG_INFO("%s: rows %.2f MiB, positions %.2f MiB, queries %.2f MiB, copies %.2f MiB, stage %.2f MiB (%u rows, %s), hidden %.2f MiB\n",
-            __func__, size.rows_bytes/1048576.0, size.position_bytes/1048576.0, size.query_bytes/1048576.0,
+    LLAMA_LOG_INFO("%s: rows %.2f MiB, positions %.2f MiB, queries and sums %.2f MiB, copies %.2f MiB, stage %.2f MiB (%u rows, %s), hidden %.2f MiB\n",
+            __func__, size.rows_bytes/1048576.0, size.position_bytes/1048576.0, (size.query_bytes + size.sum_bytes)/1048576.0,
             size.copy_bytes/1048576.0, size.stage_bytes/1048576.0, stage_rows, layer_major ? "layer by layer" : "lane", size.hidden_bytes/1048576.0);
 }
 
@@ -113,7 +114,7 @@ void ziggurat_kv_cache::make_rows() {
         layer.capacity  = evicts ? GGML_PAD(layer.budget + params.slack, ROW_PADDING) : n_ctx;
         layer.buft      = offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
 
-        ggml_context * ctx = rows_arena.context(layer.buft, 5*n_layer);
+        ggml_context * ctx = rows_arena.context(layer.buft, 7*n_layer);
 
         layer.k = ggml_new_tensor_3d(ctx, type_k, hparams.n_embd_k_gqa(il), layer.capacity, n_planes);
         layer.v = ggml_new_tensor_3d(ctx, type_v, hparams.n_embd_v_gqa(il), layer.capacity, n_planes);
@@ -131,6 +132,12 @@ void ziggurat_kv_cache::make_rows() {
             const auto type = type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
             layer.queries = ggml_new_tensor_3d(ctx, type, hparams.n_embd_head_k(il)*layer.n_head, n_ring, n_planes);
             ggml_format_name(layer.queries, "cache_queries_l%u", il);
+        }
+        if (sums_up()) {
+            layer.sums      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.capacity, layer.n_head_kv, n_planes);
+            layer.sums_next = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.capacity, layer.n_head_kv);
+            ggml_format_name(layer.sums,      "cache_sums_l%u", il);
+            ggml_format_name(layer.sums_next, "cache_sums_next_l%u", il);
         }
     }
     rows_arena.allocate(hparams.no_alloc);
@@ -198,7 +205,7 @@ void ziggurat_kv_cache::make_stage(bool shared) {
         }
     }
     for (auto & [buft, p] : pools) {
-        p.bytes = ggml_new_tensor_1d(stage_arena.context(buft, 2*layers.size() + 2), GGML_TYPE_I8, (p.size[0] + p.size[1])*n_reading);
+        p.bytes = ggml_new_tensor_1d(stage_arena.context(buft, 3*layers.size() + 3), GGML_TYPE_I8, (p.size[0] + p.size[1])*n_reading);
         ggml_set_name(p.bytes, "kv_stage");
     }
     for (auto & layer : layers) {
@@ -226,7 +233,28 @@ void ziggurat_kv_cache::make_stage(bool shared) {
         hidden = ggml_new_tensor_3d(stage_arena.context(layers[0].buft, 0), GGML_TYPE_F32, hparams.n_embd, n_tokens, n_reading);
         ggml_set_name(hidden, "kv_hidden");
     }
+    if (sums_up()) {
+        make_stage_sums(shared);
+    }
     stage_arena.allocate(hparams.no_alloc);
+}
+
+// Per buffer type as well, those of the layer with the most heads, or of all.
+void ziggurat_kv_cache::make_stage_sums(bool shared) {
+    std::map<ggml_backend_buffer_type_t, int64_t> widest;
+    for (const auto & layer : layers) {
+        widest[layer.buft] = std::max<int64_t>(widest[layer.buft], layer.n_head_kv);
+    }
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> made;
+    for (auto & layer : layers) {
+        ggml_context * ctx = stage_arena.context(layer.buft, 0);
+        ggml_tensor *& of  = made[layer.buft];
+        if (of == nullptr || !shared) {
+            of = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, stage_rows, shared ? widest[layer.buft] : layer.n_head_kv, n_reading);
+            ggml_set_name(of, "kv_stage_sums");
+        }
+        layer.stage_sums = ggml_view_3d(ctx, of, stage_rows, layer.n_head_kv, n_reading, of->nb[1], of->nb[2], 0);
+    }
 }
 
 uint32_t ziggurat_kv_cache::n_extra_nodes() const {
@@ -234,7 +262,7 @@ uint32_t ziggurat_kv_cache::n_extra_nodes() const {
     for (const auto & layer : layers) {
         n += 64 + 12*layer.n_head_kv;
     }
-    return n;
+    return n + (sums_up() ? (layer_major ? 1 : layers.size())*ziggurat_kv_paid_nodes(n_ubatch) : 0);
 }
 
 ziggurat_kv_layout ziggurat_kv_cache::layout() const {
@@ -251,9 +279,13 @@ ziggurat_kv_layout ziggurat_kv_cache::layout() const {
         add(layer.v, res.rows_bytes);
         add(layer.positions, res.position_bytes);
         add(layer.queries,   res.query_bytes);
-        res.position_bytes += layer.chosen ? ggml_nbytes(layer.chosen) : 0;
-        if (layer.stage_k) {
-            stages[layer.stage_k->view_src] = ggml_nbytes(layer.stage_k->view_src);
+        add(layer.sums,      res.sum_bytes);
+        res.position_bytes += layer.chosen    ? ggml_nbytes(layer.chosen)    : 0;
+        res.sum_bytes      += layer.sums_next ? ggml_nbytes(layer.sums_next) : 0;
+        for (const ggml_tensor * t : { layer.stage_k, layer.stage_sums }) {
+            if (t != nullptr) {
+                stages[t->view_src] = ggml_nbytes(t->view_src);
+            }
         }
     }
     for (const auto & it : stages) {
@@ -281,6 +313,7 @@ uint32_t ziggurat_kv_cache::observed(const ziggurat_kv_params & params) {
     switch (params.score) {
         case ZIGGURAT_KV_SCORE_SNAPKV: return params.window;
         case ZIGGURAT_KV_SCORE_TOVA:   return 1;
+        case ZIGGURAT_KV_SCORE_H2O:    return ZIGGURAT_KV_SETTLED;
         default:                       return 0;
     }
 }
@@ -341,6 +374,11 @@ void ziggurat_kv_cache::note_read(uint32_t index, uint32_t n) {
     if (n > observed(params)) {
         seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) observed(params));
     }
+}
+
+void ziggurat_kv_cache::note_settled(uint32_t index, llama_pos until) {
+    auto & from = seqs[index].queries_from;
+    from = sums_up() ? std::max(from, until) : from;
 }
 
 void ziggurat_kv_cache::note_selection(uint32_t index, uint32_t il, uint32_t n_rows, uint32_t target) {
@@ -494,10 +532,10 @@ std::vector<llama_memory_context_ptr> ziggurat_kv_cache::init_staged() {
 
 llama_memory_context_ptr ziggurat_kv_cache::init_update(llama_context * ctx, bool optimize) {
     lctx = ctx;
-    if (!optimize || to_select.empty()) {
+    if (!optimize || (to_select.empty() && to_settle.empty())) {
         return std::make_unique<ziggurat_kv_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
     }
-    return std::make_unique<ziggurat_kv_context>(this, lctx, std::move(to_select));
+    return std::make_unique<ziggurat_kv_context>(this, lctx, std::move(to_select), std::move(to_settle));
 }
 
 //

@@ -43,8 +43,11 @@ struct ziggurat_kv_layer {
     ggml_tensor * positions = nullptr; // F32 [budget, n_head_kv, n_planes]: of the rows that the last selection left
     ggml_tensor * chosen    = nullptr; // F32 [budget, n_head_kv]: the rows that a selection in place is about to keep
     ggml_tensor * queries   = nullptr; // [n_embd_head_k*n_head, n_ring, n_planes]: a ring of each sequence's last queries
+    ggml_tensor * sums      = nullptr; // F32 [capacity, n_head_kv, n_planes]: attention that rows have been paid
+    ggml_tensor * sums_next = nullptr; // F32 [capacity, n_head_kv]: what they are when a selection in place is done
     ggml_tensor * stage_k   = nullptr; // [n_embd_k_gqa, stage_rows, n_reading]: of prompts being read; layers may share it
     ggml_tensor * stage_v   = nullptr; // [n_embd_v_gqa, stage_rows, n_reading]
+    ggml_tensor * stage_sums = nullptr; // F32 [stage_rows, n_head_kv, n_reading]
 
     float kq_scale = 0.0f; // as the model's graph uses it
 };
@@ -53,7 +56,8 @@ struct ziggurat_kv_layer {
 // last selection left; the others have consecutive positions that end at next - 1.
 struct ziggurat_kv_sequence {
     llama_pos next         = 0;     // tokens seen
-    llama_pos queries_from = 0;     // the ring holds the queries of positions queries_from .. next - 1
+    llama_pos queries_from = 0;     // the ring holds the queries of positions queries_from .. next - 1; where attention is
+                                    // summed up, what came before is in the sums
 
     std::vector<uint32_t> used;   // [n_layer]
     std::vector<uint32_t> fixed;  // [n_layer]
@@ -151,6 +155,7 @@ public:
     std::string refusal; // why the last call was refused
 
     std::vector<llama_seq_id> to_select; // sequences that have to select before the batch goes on
+    std::vector<llama_seq_id> to_settle; // those whose ring has no room for more queries before some are summed up
 
     enum class selection { none, done, failed };
     selection selected = selection::none; // what became of them: the batch goes on, or has to fail
@@ -163,6 +168,12 @@ public:
     static uint32_t observed(const ziggurat_kv_params & params);
 
     bool uses_queries() const { return observed(params) > 0; }
+    bool sums_up() const { return evicts && params.score == ZIGGURAT_KV_SCORE_H2O; }
+
+    // whether there is nothing to select by: removals took all the queries
+    bool is_blind(const ziggurat_kv_sequence & seq) const {
+        return uses_queries() && !sums_up() && seq.queries_from >= seq.next;
+    }
     bool exists(llama_seq_id seq_id) const { return seq_id >= 0 && (uint32_t) seq_id < n_seq; }
 
     ziggurat_kv_layout layout() const;
@@ -182,6 +193,9 @@ public:
     // The n last tokens of seqs[index] were read through the stage: of more than the window has the ring got only the last
     // ones.
     void note_read(uint32_t index, uint32_t n);
+
+    // The attention of all queries of seqs[index] before a position is in its sums.
+    void note_settled(uint32_t index, llama_pos until);
 
     // Forgets a sequence, and the prompt that is being read for it.
     void clear_seq(llama_seq_id seq_id);
@@ -217,6 +231,7 @@ public:
 private:
     void make_rows();
     void make_stage(bool layer_major);
+    void make_stage_sums(bool layer_major);
     bool can_cut() const;
 
     // what the tokens of one sequence in a batch need

@@ -2,6 +2,7 @@
 
 #include "ziggurat-kv-fault.h"
 #include "ziggurat-kv-select.h"
+#include "ziggurat-kv-sums.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -23,8 +24,11 @@ ziggurat_kv_context::ziggurat_kv_context(ziggurat_kv_cache * kv, const ziggurat_
     }
 }
 
-ziggurat_kv_context::ziggurat_kv_context(ziggurat_kv_cache * kv, llama_context * lctx, std::vector<llama_seq_id> seqs) :
-    kv(kv), what(kind::update), status(LLAMA_MEMORY_STATUS_SUCCESS), lctx(lctx), to_select(std::move(seqs)) {
+ziggurat_kv_context::ziggurat_kv_context(
+        ziggurat_kv_cache * kv, llama_context * lctx,
+        std::vector<llama_seq_id> to_select, std::vector<llama_seq_id> to_settle) :
+    kv(kv), what(kind::update), status(LLAMA_MEMORY_STATUS_SUCCESS), lctx(lctx),
+    to_select(std::move(to_select)), to_settle(std::move(to_settle)) {
 }
 
 ziggurat_kv_context::~ziggurat_kv_context() {
@@ -73,6 +77,7 @@ bool ziggurat_kv_context::next() {
         }
         if (has_outputs()) {
             kv->advance(index, step.total);
+            kv->note_settled(index, kv->seqs[index].next);
         }
     }
     if (step.copied) {
@@ -195,11 +200,16 @@ uint32_t ziggurat_kv_context::budget(uint32_t il) const {
 bool ziggurat_kv_context::select() {
     // both graphs are short, and what they make room for can be aborted
     const ziggurat_kv_uninterrupted guard(*lctx);
+    bool done = true;
+    for (const auto s : to_settle) {
+        done = done && settle(s);
+    }
     for (const auto s : to_select) {
-        if (!select(s)) {
-            kv->selected = ziggurat_kv_cache::selection::failed;
-            return false;
-        }
+        done = done && select(s);
+    }
+    if (!done) {
+        kv->selected = ziggurat_kv_cache::selection::failed;
+        return false;
     }
     kv->selected = ziggurat_kv_cache::selection::done;
     return true;
@@ -217,16 +227,33 @@ bool ziggurat_kv_context::select(llama_seq_id seq_id) {
             kv->note_selection(seq_id, il, seq.used[il], seq.budget[il]);
         }
     }
+    kv->note_settled(seq_id, seq.next);
     return true;
 }
 
+ziggurat_kv_selection ziggurat_kv_context::rows_of(llama_seq_id seq_id, uint32_t il) const {
+    const auto & seq   = kv->seqs[seq_id];
+    const auto & layer = kv->layers[il];
+
+    ziggurat_kv_selection sel;
+    sel.il       = il;
+    sel.plane    = seq_id;
+    sel.n        = seq.used[il];
+    sel.fixed    = seq.fixed[il];
+    sel.target   = std::min(seq.used[il], seq.budget[il]);
+    sel.last     = seq.next - 1;
+    sel.queries_from = seq.queries_from;
+    sel.k        = layer.k;
+    sel.v        = layer.v;
+    sel.k_offset = seq_id*layer.k->nb[2];
+    sel.v_offset = seq_id*layer.v->nb[2];
+    return sel;
+}
+
 bool ziggurat_kv_context::select(llama_seq_id seq_id, bool move) {
-    const auto & seq = kv->seqs[seq_id];
+    auto * res = lctx->get_gf_res_reserve();
 
-    auto * sched = lctx->get_sched();
-    auto * res   = lctx->get_gf_res_reserve();
-
-    ggml_backend_sched_reset(sched);
+    ggml_backend_sched_reset(lctx->get_sched());
     res->reset();
 
     auto * ctx = res->get_ctx();
@@ -234,22 +261,21 @@ bool ziggurat_kv_context::select(llama_seq_id seq_id, bool move) {
 
     for (uint32_t il = 0; il < kv->layers.size(); ++il) {
         const auto & layer = kv->layers[il];
-        if (seq.used[il] <= seq.budget[il]) {
+
+        auto sel = rows_of(seq_id, il);
+        if (kv->sums_up()) { // those of all layers, since queries are kept of all or of none
+            ggml_tensor * next = ziggurat_kv_sums_view(ctx, layer.sums_next, 0, sel.n);
+            if (!move) {
+                next = ggml_cpy(ctx, ziggurat_kv_build_sums(ctx, gf, res, *kv, sel, sel.last + 1), next);
+                ggml_build_forward_expand(gf, next);
+            } else if (sel.target == sel.n) {
+                ggml_build_forward_expand(gf, ggml_cpy(ctx, next, ziggurat_kv_sums_view(ctx, layer.sums, seq_id, sel.n)));
+            }
+            sel.sums = next;
+        }
+        if (sel.target == sel.n) {
             continue;
         }
-        ziggurat_kv_selection sel;
-        sel.il       = il;
-        sel.plane    = seq_id;
-        sel.n        = seq.used[il];
-        sel.fixed    = seq.fixed[il];
-        sel.target   = seq.budget[il];
-        sel.last     = seq.next - 1;
-        sel.queries_from = seq.queries_from;
-        sel.k        = layer.k;
-        sel.v        = layer.v;
-        sel.k_offset = seq_id*layer.k->nb[2];
-        sel.v_offset = seq_id*layer.v->nb[2];
-
         ggml_tensor * chosen = ggml_view_2d(ctx, layer.chosen, sel.target, layer.n_head_kv, layer.chosen->nb[1], 0);
         if (move) {
             ziggurat_kv_build_move(ctx, gf, *kv, sel, chosen);
@@ -257,10 +283,38 @@ bool ziggurat_kv_context::select(llama_seq_id seq_id, bool move) {
             ggml_build_forward_expand(gf, ggml_cpy(ctx, ziggurat_kv_build_choice(ctx, gf, res, *kv, sel), chosen));
         }
     }
+    return compute(res);
+}
+
+// Adds the attention of the queries that are kept, but for those that may still be removed.
+bool ziggurat_kv_context::settle(llama_seq_id seq_id) {
+    auto * res = lctx->get_gf_res_reserve();
+
+    ggml_backend_sched_reset(lctx->get_sched());
+    res->reset();
+
+    const llama_pos until = kv->seqs[seq_id].next - (llama_pos) ZIGGURAT_KV_RING_SPARE;
+    for (uint32_t il = 0; il < kv->layers.size(); ++il) {
+        const auto sel = rows_of(seq_id, il);
+        auto * ctx = res->get_ctx();
+        auto * now = ziggurat_kv_build_sums(ctx, res->get_gf(), res, *kv, sel, until);
+        ggml_build_forward_expand(res->get_gf(), ggml_cpy(ctx, now, ziggurat_kv_sums_view(ctx, kv->layers[il].sums, seq_id, sel.n)));
+    }
+    if (!compute(res)) {
+        kv->refusal = format("summing up the attention of sequence %d failed", seq_id);
+        return false;
+    }
+    kv->note_settled(seq_id, until);
+    return true;
+}
+
+bool ziggurat_kv_context::compute(llm_graph_result * res) {
+    auto * sched = lctx->get_sched();
+    auto * gf    = res->get_gf();
     if (ggml_graph_n_nodes(gf) == 0) {
         return true;
     }
-    kv->topology.tell_apart(ctx, gf, kv->layers[0].k);
+    kv->topology.tell_apart(res->get_ctx(), gf, kv->layers[0].k);
     if (ziggurat_kv_fails(kv) || !ggml_backend_sched_alloc_graph(sched, gf)) {
         return false;
     }

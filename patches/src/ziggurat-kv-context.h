@@ -11,6 +11,8 @@
 #include <map>
 #include <vector>
 
+struct ziggurat_kv_selection;
+
 // How a layer takes part in a step.
 struct ziggurat_kv_plan {
     std::vector<uint32_t> past; // rows before the new ones, per sequence of the ubatch
@@ -35,8 +37,10 @@ public:
     // the largest graph: in place, or of a step that is read through the stage
     ziggurat_kv_context(ziggurat_kv_cache * kv, const ziggurat_kv_step * step);
 
-    // selections without tokens
-    ziggurat_kv_context(ziggurat_kv_cache * kv, llama_context * lctx, std::vector<llama_seq_id> seqs);
+    // selections, or additions to the sums of attention, without tokens
+    ziggurat_kv_context(
+            ziggurat_kv_cache * kv, llama_context * lctx,
+            std::vector<llama_seq_id> to_select, std::vector<llama_seq_id> to_settle);
 
     // What was not computed to its end did not happen: the sequences concerned are as they were.
     ~ziggurat_kv_context() override;
@@ -75,6 +79,11 @@ private:
     bool select();
     bool select(llama_seq_id seq_id);
     bool select(llama_seq_id seq_id, bool move);
+    bool settle(llama_seq_id seq_id);
+    bool compute(llm_graph_result * res);
+
+    // where a layer's rows are that a sequence selects from
+    ziggurat_kv_selection rows_of(llama_seq_id seq_id, uint32_t il) const;
 
     kind what;
     llama_memory_status status;
@@ -90,4 +99,5 @@ private:
 
     llama_context * lctx = nullptr;
     std::vector<llama_seq_id> to_select;
+    std::vector<llama_seq_id> to_settle;
 };

@@ -1,6 +1,7 @@
 #include "ziggurat-kv-graph.h"
 
 #include "ziggurat-kv-select.h"
+#include "ziggurat-kv-sums.h"
 
 #include "llama-impl.h"
 
@@ -77,7 +78,7 @@ ziggurat_kv_input::ziggurat_kv_input(
 
     if (kv.evicts && kv.uses_queries()) {
         // what is written in place may be removed again, and the window then lies further back
-        const uint32_t wanted = step.staged ? kv.observed(kv.params) : kv.n_ring;
+        const uint32_t wanted = !step.staged ? kv.n_ring : kv.sums_up() ? 0 : kv.observed(kv.params);
         const uint32_t later  = step.staged ? step.total - std::min(step.total, step.offset + n_tokens) : 0;
         n_window = std::min(n_seq_tokens, wanted - std::min(wanted, later));
         if (n_window > 0) {
@@ -238,6 +239,58 @@ void ziggurat_kv_input::keep_queries(ggml_context * ctx, ggml_cgraph * gf, ggml_
     ggml_build_forward_expand(gf, effects[il].back());
 }
 
+ziggurat_kv_selection ziggurat_kv_input::staged_rows(int il) const {
+    const auto & kv    = *mctx_kv->kv;
+    const auto & layer = kv.layers[il];
+    const auto & plan  = plans[il];
+    const auto & seq   = kv.seqs[first_index];
+
+    ziggurat_kv_selection sel;
+    sel.il       = il;
+    sel.plane    = first_plane;
+    sel.n        = plan.past[0] - plan.shift + n_tokens;
+    sel.fixed    = seq.fixed[il];
+    sel.target   = plan.target;
+    sel.last     = seq.next + step.offset + n_tokens - 1;
+    sel.queries_from = seq.queries_from;
+    sel.k        = layer.stage_k;
+    sel.v        = layer.stage_v;
+    sel.k_offset = stage*layer.stage_k->nb[2] + plan.shift*layer.stage_k->nb[1];
+    sel.v_offset = stage*layer.stage_v->nb[2] + plan.shift*layer.stage_v->nb[1];
+    return sel;
+}
+
+ggml_tensor * ziggurat_kv_input::sum_up(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ggml_tensor * q, int il) {
+    auto & kv    = *mctx_kv->kv;
+    auto & layer = kv.layers[il];
+    auto   rows  = staged_rows(il);
+
+    const int64_t n      = rows.n;
+    const int64_t before = n - n_tokens;
+    const int64_t d      = q->ne[0];
+
+    ggml_tensor * sums = nullptr; // of the rows before
+    if (before > 0 && step.first) {
+        rows.n    = before;
+        rows.last = kv.seqs[first_index].next - 1;
+        sums = ziggurat_kv_build_sums(ctx, gf, res, kv, rows, rows.last + 1);
+    } else if (before > 0) {
+        sums = ggml_cont(ctx, ziggurat_kv_sums_view(ctx, layer.stage_sums, stage, before));
+    }
+    ggml_tensor * mask = mask_of(ctx, il);
+    ggml_tensor * k    = ggml_view_3d(ctx, layer.stage_k, d, mask->ne[0], layer.n_head_kv,
+            layer.stage_k->nb[1], ggml_row_size(layer.stage_k->type, d), rows.k_offset);
+    ggml_tensor * paid = ziggurat_kv_build_paid(ctx, gf, q, k, mask, layer.kq_scale);
+    paid = ggml_cont(ctx, ggml_view_2d(ctx, paid, n, layer.n_head_kv, paid->nb[1], 0));
+    if (sums != nullptr) {
+        paid = ggml_add(ctx, paid, ggml_pad(ctx, sums, n_tokens, 0, 0, 0));
+    }
+    effects[il].push_back(ggml_cpy(ctx, paid, ziggurat_kv_sums_view(ctx, layer.stage_sums, stage, n)));
+    ggml_build_forward_expand(gf, effects[il].back());
+    return effects[il].back();
+}
+
 void ziggurat_kv_input::finish(
         ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ggml_tensor * q, float kq_scale, int il) {
     auto & kv    = *mctx_kv->kv;
@@ -252,16 +305,20 @@ void ziggurat_kv_input::finish(
         keep_queries(ctx, gf, q, il);
     }
 
+    ggml_tensor * sums = step.staged && kv.sums_up() ? sum_up(ctx, gf, res, q, il) : nullptr;
+
     const auto & plan = plans[il];
     if (plan.target == 0) {
         return;
     }
-    const uint32_t n     = plan.past[0] - plan.shift + n_tokens; // rows of this layer
-    const uint32_t held  = n - step.total; // before the segment
+    auto sel = staged_rows(il);
+    sel.sums = sums;
+
+    const uint32_t held = sel.n - step.total; // before the segment
 
     const auto begin = [&](const ggml_tensor * rows) { return stage*rows->nb[2] + plan.shift*rows->nb[1]; };
 
-    if (plan.target == n) { // nothing has to go
+    if (plan.target == sel.n) { // nothing has to go
         const auto keep = [&](ggml_tensor * from, ggml_tensor * to) {
             effects[il].push_back(copy_rows(ctx, from, begin(from) + held*from->nb[1],
                         to, first_plane*to->nb[2] + held*to->nb[1], step.total));
@@ -269,21 +326,12 @@ void ziggurat_kv_input::finish(
         };
         keep(layer.stage_k, layer.k);
         keep(layer.stage_v, layer.v);
+        if (sums != nullptr) {
+            effects[il].push_back(ggml_cpy(ctx, sums, ziggurat_kv_sums_view(ctx, layer.sums, first_plane, sel.n)));
+            ggml_build_forward_expand(gf, effects[il].back());
+        }
         return;
     }
-
-    ziggurat_kv_selection sel;
-    sel.il       = il;
-    sel.plane    = first_plane;
-    sel.n        = n;
-    sel.fixed    = kv.seqs[first_index].fixed[il];
-    sel.target   = plan.target;
-    sel.last     = kv.seqs[first_index].next + step.total - 1;
-    sel.queries_from = kv.seqs[first_index].queries_from;
-    sel.k        = layer.stage_k;
-    sel.v        = layer.stage_v;
-    sel.k_offset = begin(layer.stage_k);
-    sel.v_offset = begin(layer.stage_v);
     const auto writes = ziggurat_kv_build_move(ctx, gf, kv, sel, ziggurat_kv_build_choice(ctx, gf, res, kv, sel));
     effects[il].insert(effects[il].end(), writes.begin(), writes.end());
 }

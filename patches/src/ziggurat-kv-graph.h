@@ -7,6 +7,8 @@
 
 #include "llama-graph.h"
 
+#include "ziggurat-kv-select.h"
+
 #include <unordered_map>
 #include <vector>
 
@@ -41,6 +43,12 @@ public:
 private:
     ggml_tensor * mask_of(ggml_context * ctx, uint32_t il);
     void keep_queries(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, int il);
+
+    // Adds what the ubatch's queries pay to the sums in the stage, and returns these.
+    ggml_tensor * sum_up(ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ggml_tensor * q, int il);
+
+    // what a layer of the stage selects from
+    ziggurat_kv_selection staged_rows(int il) const;
 
     // Layers whose sequences are filled alike share a mask.
     struct mask_class {

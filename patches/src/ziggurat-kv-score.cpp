@@ -14,9 +14,10 @@ namespace {
 // of them sees, and what it weighs.
 class window_input : public llm_graph_input_i {
 public:
-    window_input(ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel, uint32_t n_group) :
-        ring(kv.n_ring), plane(sel.plane), last(sel.last), queries_from(sel.queries_from) {
-        const uint32_t window = kv.observed(kv.params);
+    window_input(
+            ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel, uint32_t n_group, llama_pos until) :
+        ring(kv.n_ring), plane(sel.plane), last(sel.last), queries_from(sel.queries_from), until(until), sums(kv.sums_up()) {
+        const uint32_t window = sums ? kv.n_ring : kv.observed(kv.params);
         slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, window);
         ggml_set_input(slots);
         ggml_set_name(slots, "kv_window_slots");
@@ -38,14 +39,16 @@ public:
         std::vector<float>       shares(window*group, 0.0f);
 
         const int64_t n_valid = std::min<int64_t>(window, last + 1 - queries_from);
+        const int64_t youngest = last + 1 - until;
+        const float   share    = 1.0f/(group*(sums ? 1 : n_valid));
         for (int64_t i = 0; i < window; ++i) {
             const int64_t age = window - 1 - i;
             const int64_t see = std::clamp<int64_t>(n - age, 1, n); // the rows of the window are consecutive
             std::fill(rows.begin() + i*n,       rows.begin() + i*n + see, ggml_fp32_to_fp16(0.0f));
             std::fill(rows.begin() + i*n + see, rows.begin() + (i + 1)*n, ggml_fp32_to_fp16(-INFINITY));
             places[i] = plane*ring + std::max<int64_t>(last - age, 0) % ring;
-            for (int64_t g = 0; g < group && age < n_valid; ++g) {
-                shares[g*window + i] = 1.0f/(n_valid*group);
+            for (int64_t g = 0; g < group && age < n_valid && age >= youngest; ++g) {
+                shares[g*window + i] = share;
             }
         }
         ggml_backend_tensor_set(slots,   places.data(), 0, ggml_nbytes(slots));
@@ -62,6 +65,8 @@ private:
     const uint32_t  plane;
     const llama_pos last;
     const llama_pos queries_from;
+    const llama_pos until;
+    const bool      sums;
 };
 
 // Uniform numbers that depend on seed, layer, KV head, row and the sequence's length, and on nothing else.
@@ -113,40 +118,6 @@ ggml_tensor * pooled(ggml_context * ctx, ggml_tensor * scores, const ziggurat_kv
     return ggml_pool_1d(ctx, scores, GGML_OP_POOL_AVG, params.pool, 1, 0);
 }
 
-// How much attention the last queries pay to each row, averaged over them and over the query heads of a KV head (in F32,
-// causal among the last rows): F32 [n, n_head_kv].
-ggml_tensor * attention(
-        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
-    const auto & layer = kv.layers[sel.il];
-
-    const int64_t window = kv.observed(kv.params);
-    const int64_t group  = layer.n_head/layer.n_head_kv;
-    const int64_t d      = layer.queries->ne[0]/layer.n_head;
-
-    auto * input = (window_input *) res->add_input(std::make_unique<window_input>(ctx, kv, sel, group));
-
-    // in F32, whatever the ring has
-    ggml_tensor * queries = ggml_get_rows(ctx, all_planes(ctx, layer.queries), input->slots);
-    queries = ggml_reshape_3d(ctx, queries, d, layer.n_head, window);
-    const size_t head_size = ggml_row_size(sel.k->type, d);
-
-    ggml_tensor * scores = nullptr;
-    // one KV head at a time: all together would need n*window*n_head floats
-    for (int64_t h = 0; h < layer.n_head_kv; ++h) {
-        ggml_tensor * k = ggml_view_2d(ctx, sel.k, d, sel.n, sel.k->nb[1], sel.k_offset + h*head_size);
-        ggml_tensor * q = ggml_view_3d(ctx, queries, d, window, group, queries->nb[2], queries->nb[1], h*group*queries->nb[1]);
-
-        ggml_tensor * s = ggml_mul_mat(ctx, k, q); // [n, window, group]
-        ggml_prec_set_acc(s, GGML_PREC_F32);
-        s = ggml_soft_max_ext(ctx, s, input->mask, layer.kq_scale, 0.0f);
-        s = ggml_out_prod(ctx, ggml_reshape_2d(ctx, s, sel.n, window*group), input->weights); // [n, 1]
-        scores = scores ? ggml_concat(ctx, scores, s, 1) : s;
-        // now, or the temporaries of all heads may live at once
-        ggml_build_forward_expand(gf, scores);
-    }
-    return scores;
-}
-
 // The mean of the KV heads, for each of them.
 ggml_tensor * same_for_all_heads(ggml_context * ctx, ggml_tensor * scores) {
     const int64_t n = scores->ne[1];
@@ -192,13 +163,50 @@ ggml_tensor * random_scores(
 
 } // namespace
 
+// In F32, causal among the last rows, averaged over the query heads of a KV head.
+ggml_tensor * ziggurat_kv_build_attention(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv,
+        const ziggurat_kv_selection & sel, llama_pos until) {
+    const auto & layer = kv.layers[sel.il];
+
+    const int64_t group  = layer.n_head/layer.n_head_kv;
+    const int64_t d      = layer.queries->ne[0]/layer.n_head;
+
+    auto * input = (window_input *) res->add_input(std::make_unique<window_input>(ctx, kv, sel, group, until));
+    const int64_t window = input->slots->ne[0];
+
+    // in F32, whatever the ring has
+    ggml_tensor * queries = ggml_get_rows(ctx, all_planes(ctx, layer.queries), input->slots);
+    queries = ggml_reshape_3d(ctx, queries, d, layer.n_head, window);
+    const size_t head_size = ggml_row_size(sel.k->type, d);
+
+    ggml_tensor * scores = nullptr;
+    // one KV head at a time: all together would need n*window*n_head floats
+    for (int64_t h = 0; h < layer.n_head_kv; ++h) {
+        ggml_tensor * k = ggml_view_2d(ctx, sel.k, d, sel.n, sel.k->nb[1], sel.k_offset + h*head_size);
+        ggml_tensor * q = ggml_view_3d(ctx, queries, d, window, group, queries->nb[2], queries->nb[1], h*group*queries->nb[1]);
+
+        ggml_tensor * s = ggml_mul_mat(ctx, k, q); // [n, window, group]
+        ggml_prec_set_acc(s, GGML_PREC_F32);
+        s = ggml_soft_max_ext(ctx, s, input->mask, layer.kq_scale, 0.0f);
+        s = ggml_out_prod(ctx, ggml_reshape_2d(ctx, s, sel.n, window*group), input->weights); // [n, 1]
+        scores = scores ? ggml_concat(ctx, scores, s, 1) : s;
+        // now, or the temporaries of all heads may live at once
+        ggml_build_forward_expand(gf, scores);
+    }
+    return scores;
+}
+
 ggml_tensor * ziggurat_kv_build_scores(
         ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    const auto attention = [&]() { return ziggurat_kv_build_attention(ctx, gf, res, kv, sel, sel.last + 1); };
+
     ggml_tensor * scores = nullptr;
     switch (kv.params.score) {
-        case ZIGGURAT_KV_SCORE_SNAPKV:  scores = attention(ctx, gf, res, kv, sel); break;
-        case ZIGGURAT_KV_SCORE_TOVA:    scores = same_for_all_heads(ctx, attention(ctx, gf, res, kv, sel)); break;
+        case ZIGGURAT_KV_SCORE_SNAPKV:  scores = attention(); break;
+        case ZIGGURAT_KV_SCORE_TOVA:    scores = same_for_all_heads(ctx, attention()); break;
         case ZIGGURAT_KV_SCORE_KEYDIFF: scores = key_differences(ctx, gf, kv, sel); break;
+        case ZIGGURAT_KV_SCORE_H2O:     scores = sel.sums; break;
         case ZIGGURAT_KV_SCORE_RANDOM:  return random_scores(ctx, gf, res, kv, sel);
         default:                        return nullptr;
     }

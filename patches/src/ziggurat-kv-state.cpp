@@ -15,7 +15,7 @@
 namespace {
 
 constexpr uint32_t STATE_MAGIC   = 0x53564b5a; // "ZKVS"
-constexpr uint32_t STATE_VERSION = 1;
+constexpr uint32_t STATE_VERSION = 2;
 
 struct piece {
     uint32_t      il;
@@ -36,6 +36,11 @@ std::vector<piece> pieces_of(const ziggurat_kv_cache & kv, llama_seq_id seq_id, 
             ggml_tensor * t = layer.positions;
             for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
                 res.push_back({ il, t, seq_id*t->nb[2] + h*t->nb[1], seq.fixed[il]*t->nb[0] });
+            }
+        }
+        if (ggml_tensor * t = layer.sums) { // rows whose queries are kept come last, and have nothing yet
+            for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
+                res.push_back({ il, t, seq_id*t->nb[2] + h*t->nb[1], (seq.used[il] - (seq.next - seq.queries_from))*t->nb[0] });
             }
         }
         if (ggml_tensor * t = layer.queries) {
@@ -143,6 +148,10 @@ ziggurat_kv_sequence read_numbers(llama_io_read_i & io, const ziggurat_kv_cache 
         const auto [least, most] = kv.budget_range(il);
         if (budget < least || budget > most) {
             fail_impossible("budget", il);
+        }
+        // a selection leaves no queries to be summed up
+        if (kv.sums_up() && used < fixed + (uint32_t) (seq.next - seq.queries_from)) {
+            fail_impossible("number of queries", il);
         }
         const bool whole    = fixed == 0 && used == (uint32_t) seq.next;
         const bool selected = kv.evicts && fixed >= least && fixed <= most && fixed <= used && used <= (uint32_t) seq.next;

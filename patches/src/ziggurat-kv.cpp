@@ -169,7 +169,7 @@ int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id) {
     if (n_layers == 0) {
         return 0;
     }
-    if (kv->uses_queries() && seq.queries_from >= seq.next) {
+    if (kv->is_blind(seq)) {
         kv->refusal = format("sequence %d has no queries to select by: all of its last %u tokens were removed",
                 seq_id, kv->observed(kv->params));
         return -1;

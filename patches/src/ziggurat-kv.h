@@ -27,6 +27,8 @@ enum ziggurat_kv_score {
                                   // heads so keep the same rows (TOVA, arXiv 2401.06104)
     ZIGGURAT_KV_SCORE_KEYDIFF = 4, // how little a key is like the others of its KV head: 1 - its cosine similarity to the
                                   // mean of all keys at length 1 (KeyDiff, arXiv 2504.15364)
+    ZIGGURAT_KV_SCORE_H2O    = 5, // attention that a row has been paid by all queries so far, the mean of the query heads of
+                                  // its KV head (H2O, arXiv 2306.14048); the products of a prompt are computed twice for it
 };
 
 enum ziggurat_kv_prefill {
@@ -71,8 +73,9 @@ struct ziggurat_kv_layout {
     uint64_t rows_bytes;     // K and V rows of the sequences
     uint64_t position_bytes; // positions of the selected rows
     uint64_t query_bytes;    // queries of each sequence's last tokens, where they score
-    uint64_t copy_bytes;     // the same three again, of the sequences that prompts are being read for
-    uint64_t stage_bytes;    // K and V rows of the prompts being read: of one layer, or of all (the lane)
+    uint64_t sum_bytes;      // sums of attention, where they are the score
+    uint64_t copy_bytes;     // all of these again, of the sequences that prompts are being read for
+    uint64_t stage_bytes;    // K and V rows (and sums) of the prompts being read: of one layer, or of all (the lane)
     uint64_t hidden_bytes;   // hidden states of the prompts being read
     uint32_t stage_rows;     // of one prompt
     uint32_t layer_major;    // 1: prompts are read layer by layer; 0: in the lane
@@ -130,7 +133,8 @@ ZIGGURAT_API int32_t ziggurat_kv_set_step(struct llama_context * ctx, uint32_t n
 // The first position from which on a sequence's end can be removed: from any position there or later llama_memory_seq_rm
 // removes the end. 0 while nothing was evicted; what follows the last token if nothing can be removed, as while a prompt
 // is being read. (The rows are then exactly those of before. Queries are of the last `window` (tova: 1) + 16 tokens that
-// there ever were, so a selection that comes less than `window` tokens after a longer removal is by fewer of them.)
+// there ever were, so a selection that comes less than `window` tokens after a longer removal is by fewer of them. With
+// the score h2o what a prompt's tokens, and more than the last 16 of others, had paid stays in the sums of the rows left.)
 ZIGGURAT_API int32_t ziggurat_kv_removable_from(const struct llama_context * ctx, int32_t seq_id);
 
 // Reading a prompt in steps, with whatever else the context is asked in between. A step is one ubatch in one layer, or in

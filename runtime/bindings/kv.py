@@ -47,7 +47,7 @@ class _Layout(ctypes.Structure):
     """``struct ziggurat_kv_layout``."""
 
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("rows", "positions", "queries", "copies", "stage", "hidden")),
+        *((name, ctypes.c_uint64) for name in ("rows", "positions", "queries", "sums", "copies", "stage", "hidden")),
         ("stage_rows", ctypes.c_uint32),
         ("layer_major", ctypes.c_uint32),
     ]
@@ -166,6 +166,7 @@ class Cache:
             rows_bytes=found.rows,
             position_bytes=found.positions,
             query_bytes=found.queries,
+            sum_bytes=found.sums,
             copy_bytes=found.copies,
             stage_bytes=found.stage,
             hidden_bytes=found.hidden,

@@ -8,7 +8,9 @@ from ziggurat.runtime.budget import POOL_TYPE, SINKS, WINDOW, pool_of
 from ziggurat.runtime.errors import InvalidRequestError
 
 #: Which rows stay.
-SCORES = {"snapkv": 0, "recent": 1, "random": 2, "tova": 3, "keydiff": 4}
+SCORES = {"snapkv": 0, "recent": 1, "random": 2, "tova": 3, "keydiff": 4, "h2o": 5}
+#: Queries of generated tokens that the score h2o sums up together.
+SETTLED = 32
 #: How prompts are read; lane is for comparisons.
 PREFILLS = {"exact": 0, "bounded": 1, "chunked": 2, "lane": 3}
 #: How scores are pooled over neighbouring positions.
@@ -26,8 +28,8 @@ class KVSettings:
 
     ``rows`` are those per KV head that each of the model's layers keeps after a prompt, the ``window`` last tokens and
     the ``sinks`` first ones included; more than the context has mean all. What the others are chosen by is ``score``,
-    see ``ziggurat-kv.h``: the attention of the window's queries (snapkv) or of the last one (tova), how little a key is
-    like the others (keydiff), the latest rows (recent), chance (random). Scores are pooled over ``pool`` positions (odd;
+    see ``ziggurat-kv.h``: the attention of the window's queries (snapkv), of the last one (tova) or of all so far (h2o),
+    how little a key is like the others (keydiff), the latest rows (recent), chance (random). Scores are pooled over ``pool`` positions (odd;
     None: 13 for snapkv, 1 for the others) by ``pool_type``. ``slack`` is how many rows a
     layer has beyond, at least, for generated tokens. ``prefill`` exact selects once, after the whole prompt, layer by
     layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
@@ -75,6 +77,11 @@ class KVSettings:
             )
 
     @property
+    def observed(self) -> int:
+        """Last tokens whose queries are kept to score by, 0 where it needs none."""
+        return {"snapkv": self.window, "tova": 1, "h2o": SETTLED}.get(self.score, 0)
+
+    @property
     def copies(self) -> int:
         """Prompts that may follow what their sequence holds."""
         return self.n_reading if self.n_copies is None else self.n_copies
@@ -85,7 +92,7 @@ class KVLayout:
     """What a context with a budget has allocated for all its sequences, in bytes.
 
     ``rows_bytes`` are K and V rows, ``position_bytes`` the positions of selected rows, ``query_bytes`` the queries of
-    each sequence's window. Used only while prompts are read: ``copy_bytes``, the copies of their sequences;
+    each sequence's last tokens and ``sum_bytes`` sums of attention, where they are what is selected by. Used only while prompts are read: ``copy_bytes``, the copies of their sequences;
     ``stage_bytes``, for each of them ``stage_rows`` rows of one layer or, when ``layer_major`` is False, of all of
     them; and ``hidden_bytes``, hidden states between the layers.
     """
@@ -93,6 +100,7 @@ class KVLayout:
     rows_bytes: int
     position_bytes: int
     query_bytes: int
+    sum_bytes: int
     copy_bytes: int
     stage_bytes: int
     hidden_bytes: int
@@ -102,7 +110,7 @@ class KVLayout:
     @property
     def kept_bytes(self) -> int:
         """What stays after a prompt."""
-        return self.rows_bytes + self.position_bytes + self.query_bytes
+        return self.rows_bytes + self.position_bytes + self.query_bytes + self.sum_bytes
 
     @property
     def total_bytes(self) -> int:

@@ -1,7 +1,8 @@
 """What a KV budget takes: arithmetic over the formulas of the patched library's cache (``ziggurat-kv-cache.cpp``).
 
 Rows are allocated per layer, with room for generated tokens, and beside them what selecting needs: positions of the
-rows that were selected, per KV head, and the queries of each sequence's last tokens. A prompt is read through the
+rows that were selected, per KV head, and, by the score, the queries of each sequence's last tokens and sums of
+attention. A prompt is read through the
 stage, which holds one layer, with its hidden states between the layers; models whose graph is not cut into layers get a
 lane instead, a full cache for one prompt. If its sequence is not empty it is read into a copy of it. All of that is
 there for as many prompts as may be read at a time.
@@ -15,7 +16,7 @@ from ziggurat.runtime.bindings.context_settings import ContextSettings
 from ziggurat.runtime.bindings.kv_settings import KVSettings
 from ziggurat.runtime.plan.kv import CACHE_TYPE_BLOCKS, KVShape, bytes_per_token, padded, row_bytes
 
-_POSITION, _HIDDEN = 4, 4
+_POSITION, _SUM, _HIDDEN = 4, 4, 4
 _RING_SPARE = 16  # queries kept beyond the window
 _ALIGNMENT = 128  # no backend that is known aligns tensors to more
 
@@ -24,7 +25,7 @@ _ALIGNMENT = 128  # no backend that is known aligns tensors to more
 class BudgetMemory:
     """Bytes that a context with a budget takes, of all its sequences together; see ``KVLayout`` for the parts.
 
-    ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions``, ``queries`` and ``copies`` (of
+    ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions``, ``queries``, ``sums`` and ``copies`` (of
     the sequences whose prompts are read) bytes by layer;
     ``largest_row`` are those of one token in the layer where K and V take most.
     ``rotation`` is one more row of each layer, which the library keeps where rows are quantized, to know how they are
@@ -36,6 +37,7 @@ class BudgetMemory:
     rows: tuple[int, ...]
     positions: tuple[int, ...]
     queries: tuple[int, ...]
+    sums: tuple[int, ...]
     copies: tuple[int, ...]
     stage: int
     stage_rows: int
@@ -48,7 +50,7 @@ class BudgetMemory:
     @property
     def kept_per_layer(self) -> tuple[int, ...]:
         """What stays after a prompt, by layer."""
-        return tuple(sum(parts) for parts in zip(self.rows, self.positions, self.queries, strict=True))
+        return tuple(sum(parts) for parts in zip(self.rows, self.positions, self.queries, self.sums, strict=True))
 
     @property
     def kept(self) -> int:
@@ -68,7 +70,7 @@ class BudgetMemory:
     @property
     def padding(self) -> int:
         """The most that the alignment of tensors adds to it."""
-        return _ALIGNMENT * (7 * len(self.capacity) + 1)
+        return _ALIGNMENT * (10 * len(self.capacity) + 1)
 
 
 def takes_budget(shape: KVShape) -> bool:
@@ -100,13 +102,18 @@ def budget_memory(
     none = (0,) * shape.n_layer
     rows = tuple(count * size for count, size in zip(capacity, per_row, strict=True))
     positions = tuple(min(kv.rows[layer], full) * shape.n_head_kv[layer] * _POSITION for layer in layers)
-    query_bytes = (kv.window + _RING_SPARE) * shape.key_length * (4 if settings.type_k == "f32" else 2)
-    queries = tuple(heads * query_bytes for heads in shape.n_head) if kv.score == "snapkv" else none
-    one = tuple(sum(parts) for parts in zip(rows, positions, queries, strict=True))
+    query_bytes = (kv.observed + _RING_SPARE) * shape.key_length * (4 if settings.type_k == "f32" else 2)
+    queries = tuple(heads * query_bytes for heads in shape.n_head) if kv.observed else none
+    summed = kv.score == "h2o"
+    sums = tuple(capacity[layer] * shape.n_head_kv[layer] * _SUM if summed else 0 for layer in layers)
+    one = tuple(sum(parts) for parts in zip(rows, positions, queries, sums, strict=True))
     layer_major = evicts and layer_major and kv.prefill != "lane"
     stage_rows, hidden_tokens = full, full
     if kv.prefill == "chunked":
         stage_rows, hidden_tokens = padded(max(capacity) + n_ubatch), n_ubatch
+    staged_row = widest_k + widest_v if layer_major else sum(per_row)
+    if summed:
+        staged_row += (max(shape.n_head_kv) if layer_major else sum(shape.n_head_kv)) * _SUM
     quantized = any(CACHE_TYPE_BLOCKS[name][0] > 1 for name in (settings.type_k, settings.type_v))
     return BudgetMemory(
         kv=kv,
@@ -114,8 +121,9 @@ def budget_memory(
         rows=_times(n_seq, rows),
         positions=_times(n_seq + 1, positions) if evicts else none,  # and what a selection is about to keep
         queries=_times(n_seq, queries) if evicts else none,
+        sums=_times(n_seq + 1, sums) if evicts else none,  # and what they will be after a selection
         copies=_times(min(kv.copies, n_reading), one) if evicts else none,
-        stage=n_reading * stage_rows * (widest_k + widest_v if layer_major else sum(per_row)) if evicts else 0,
+        stage=n_reading * stage_rows * staged_row if evicts else 0,
         stage_rows=stage_rows if evicts else 0,
         hidden=n_reading * n_embd * hidden_tokens * _HIDDEN if layer_major else 0,
         layer_major=layer_major,

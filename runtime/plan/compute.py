@@ -95,7 +95,7 @@ def _with_budget(
         return max(end, in_place)
     staged = [budget.stage_rows] * kv.n_layer
     mask = budget.stage_rows * n_ubatch * mask_value
-    observed = budget.stage_rows * budget.kv.window if budget.kv.score == "snapkv" else 0
+    observed = 0 if budget.kv.score == "h2o" else budget.stage_rows * budget.kv.observed
     group = max(heads // max(1, of) for heads, of in zip(kv.n_head, kv.n_head_kv, strict=True))
     # K as well as V; rarely of different sizes
     selected = min(max(budget.kv.rows), budget.stage_rows) * budget.largest_row // 2

@@ -19,7 +19,7 @@ from helpers.stock import Gguf
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 TYPES = {"f32": 0, "f16": 1, "q8_0": 8}
-SCORES = ("snapkv", "recent", "random", "tova", "keydiff")
+SCORES = ("snapkv", "recent", "random", "tova", "keydiff", "h2o")
 PREFILLS = ("exact", "bounded", "chunked", "lane")
 POOLS = ("avg", "max")
 
@@ -58,6 +58,7 @@ class Layout(ctypes.Structure):
         ("rows_bytes", ctypes.c_uint64),
         ("position_bytes", ctypes.c_uint64),
         ("query_bytes", ctypes.c_uint64),
+        ("sum_bytes", ctypes.c_uint64),
         ("copy_bytes", ctypes.c_uint64),
         ("stage_bytes", ctypes.c_uint64),
         ("hidden_bytes", ctypes.c_uint64),

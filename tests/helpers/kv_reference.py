@@ -2,14 +2,14 @@
 
 A Llama-style forward pass from a GGUF's F32 weights (Llama, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, Granite), a cache
 whose rows are kept per KV head, and the selection: by the attention of SnapKV's observation window (arXiv 2404.14469) or
-of TOVA's last query (2401.06104), by KeyDiff's similarity of keys (2504.15364), with sinks; or the latest rows.
+of TOVA's last query (2401.06104) or of all queries (H2O, 2306.14048), by KeyDiff's similarity of keys (2504.15364), with sinks; or the latest rows.
 No chunks, no stage, no capacity: a prompt is read whole and then brought down to its budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -58,6 +58,8 @@ class Weights:
 
 #: Queries that the library keeps beyond the window: ZIGGURAT_KV_RING_SPARE.
 RING_SPARE = 16
+#: Queries of decoding steps whose attention the library adds together: ZIGGURAT_KV_SETTLED.
+SETTLED = 32
 
 
 @dataclass
@@ -69,12 +71,30 @@ class Rows:
     positions: Ints
     queries: Array
     """(heads, n, d), after RoPE: of so many of the last tokens as can be rolled back, and of a window before them."""
+    sums: Array
+    """(KV heads, rows): attention paid by the queries that are settled, the mean over a KV head's query heads."""
+    paid: list[Array] = field(default_factory=list)
+    """What each of the last queries paid, (KV heads, rows then), which a rollback takes back."""
 
     def keep(self, columns: npt.NDArray[np.intp]) -> None:
         """Drop all rows but these, (KV heads, n) indices."""
         self.keys = np.take_along_axis(self.keys, columns[:, :, None], 1)
         self.values = np.take_along_axis(self.values, columns[:, :, None], 1)
         self.positions = np.take_along_axis(self.positions, columns, 1)
+        self.sums = np.take_along_axis(self.sums, columns, 1)
+
+    def settle(self, left: int = 0) -> None:
+        """Add what was paid, but for the last queries, and take it as given from now on."""
+        for paid in self.paid[: len(self.paid) - left]:
+            self.sums[:, : paid.shape[1]] += paid
+        self.paid = self.paid[len(self.paid) - left :]
+
+    def all_paid(self) -> Array:
+        """What each row was paid by all queries, (KV heads, rows)."""
+        total = self.sums.copy()
+        for paid in self.paid:
+            total[:, : paid.shape[1]] += paid
+        return total
 
 
 class ReferenceSequence:
@@ -89,6 +109,7 @@ class ReferenceSequence:
                 np.zeros((kv, 0, weights.head_dim)),
                 np.zeros((kv, 0), np.int32),
                 np.zeros((heads, 0, weights.head_dim)),
+                np.zeros((kv, 0)),
             )
             for heads, kv in zip(weights.heads, weights.kv_heads, strict=True)
         ]
@@ -119,6 +140,7 @@ class ReferenceSequence:
         self.n -= count
         for layer in self.layers:
             layer.queries = layer.queries[:, :-count]
+            layer.paid = layer.paid[: max(0, len(layer.paid) - count)]
             left = np.arange(layer.positions.shape[1] - count)
             layer.keep(np.tile(left, (len(layer.positions), 1)))
 
@@ -151,6 +173,10 @@ class ReferenceSequence:
         n_queries = (_observed(self.budget) if self.budget else 1) + RING_SPARE
         cache.queries = np.concatenate([cache.queries, q.swapaxes(0, 1)], 1)[:, -n_queries:]
         weights = _attend(q.swapaxes(0, 1), cache, positions, w.scale)
+        cache.sums = np.pad(cache.sums, ((0, 0), (0, len(x))))
+        paid = weights.reshape(kv_heads, -1, len(x), weights.shape[-1]).mean(1)
+        n_held = weights.shape[-1] - len(x)
+        cache.paid += [paid[:, token, : n_held + token + 1] for token in range(len(x))]
         out = weights @ np.repeat(cache.values, heads // kv_heads, 0)
         return self._project(name, "output", out.swapaxes(0, 1).reshape(len(x), heads * d))
 
@@ -190,6 +216,8 @@ class ReferenceSequence:
         cache = self.layers[layer]
         if self.budget.score == "keydiff":
             score = _key_differences(cache.keys)
+        elif self.budget.score == "h2o":
+            score = cache.all_paid()
         else:
             score = self._attention_of_the_last(cache, self.budget)
         return _pooled(score[:, : -self.budget.window], self.budget.pool, self.budget.pool_type)
@@ -222,6 +250,8 @@ class ReferenceSequence:
 
     def select(self, kept: Sequence[Ints] | None = None) -> None:
         """Bring every layer down to its wanted rows, or to these positions."""
+        for cache in self.layers:
+            cache.settle()
         for layer, cache in enumerate(self.layers):
             positions = self.wanted(layer) if kept is None else kept[layer]
             held = np.stack([np.isin(have, keep) for have, keep in zip(cache.positions, positions, strict=True)])

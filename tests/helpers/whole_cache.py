@@ -11,7 +11,7 @@ from ziggurat.runtime.bindings import Batch, KVLayout, KVSettings, Progress, kv,
 from ziggurat.runtime.errors import ContextError, DecodeAborted
 
 STEP = 32  # tokens
-LAYOUT = KVLayout(1000, 200, 30, 60, 400, 50, stage_rows=256, layer_major=True)
+LAYOUT = KVLayout(1000, 200, 30, 0, 60, 400, 50, stage_rows=256, layer_major=True)
 
 
 class WholeCache:

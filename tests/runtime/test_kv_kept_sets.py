@@ -23,7 +23,7 @@ def weights(kv_files: Models) -> Weights:
 
 
 #: Scores that are not the latest rows or chance.
-COMPUTED = ("snapkv", "tova", "keydiff")
+COMPUTED = ("snapkv", "tova", "keydiff", "h2o")
 
 
 def scored(score: str, budget: Budget) -> Budget:
@@ -109,6 +109,8 @@ def test_batch_size_does_not_matter(
         Budget(ROWS, pool=1, score="tova"),
         Budget(ROWS, pool=5, score="tova", window=1, sinks=0),
         Budget(ROWS, pool=1, score="keydiff"),
+        Budget(ROWS, pool=1, score="h2o", window=3),
+        Budget(ROWS, pool=5, score="h2o", window=20, sinks=0),
         Budget(ROWS, pool=7, score="keydiff", pool_type="max", window=1),
     ],
     ids=lambda b: f"{b.score}-{b.rows}-w{b.window}-s{b.sinks}-{b.pool}{b.pool_type}",

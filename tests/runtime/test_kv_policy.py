@@ -31,10 +31,18 @@ def test_the_defaults_are_pyramidkv() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "schedule", "score"),
-    [("pyramid", Pyramid(), "snapkv"), ("snapkv", Uniform(), "snapkv"), ("streaming", Uniform(), "recent")],
+    [
+        ("pyramid", Pyramid(), "snapkv"),
+        ("snapkv", Uniform(), "snapkv"),
+        ("streaming", Uniform(), "recent"),
+        ("tova", Uniform(), "tova"),
+        ("keydiff", Uniform(), "keydiff"),
+    ],
 )
 def test_presets(preset: str, schedule: object, score: str) -> None:
     chosen = policy(budget="12.5%", policy=preset)
+    assert chosen.pool == (13 if score == "snapkv" else 1)
+    assert policy(budget="12.5%", policy=preset, pool=3).pool == 3
     assert (chosen.budget, chosen.schedule, chosen.score) == (Budget(percent=Fraction(25, 2)), schedule, score)
 
 
@@ -61,8 +69,6 @@ def test_options_override_a_preset() -> None:
         ({"budget": "x"}, InvalidRequestError, "--kv-budget x: give a number of rows"),
         ({"budget": "35"}, InvalidRequestError, "--kv-budget 35: has no room for the window (32) and the sinks (4)"),
         ({"budget": "99", "policy": "h2o"}, UnsupportedError, "h2o (H2O (Zhang et al. 2023)) is not there yet"),
-        ({"budget": "9%", "policy": "tova"}, UnsupportedError, "tova"),
-        ({"budget": "9%", "score": "keydiff"}, UnsupportedError, "keydiff"),
     ],
 )
 def test_contradictions_are_one_line(options: dict[str, Any], kind: type[ZigguratError], message: str) -> None:

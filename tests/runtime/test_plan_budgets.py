@@ -144,7 +144,7 @@ def test_the_command_shows_them(capsys: pytest.CaptureFixture[str], spm_path: Pa
     budget = planned["kv_budget"]
     assert (planned["kv_budget_asked"], budget["score"], budget["prefill"]) == ("12%", "snapkv", "exact")
     assert sum(budget["rows_per_layer"]) == 2 * 480
-    parts = ("rows_bytes", "position_bytes", "query_bytes", "copy_bytes", "stage_bytes", "hidden_bytes")
+    parts = ("rows_bytes", "position_bytes", "query_bytes", "sum_bytes", "copy_bytes", "stage_bytes", "hidden_bytes")
     assert 0 <= planned["kv_bytes"] - sum(budget[part] for part in parts) <= 2000
     assert planned["kv_exact"]
     code, out, _ = ziggurat(capsys, *arguments)
@@ -184,6 +184,10 @@ ASKED = {
     "no flash attention": {"n_ctx": 2048, "flash_attention": "off"},
     "small ubatch": {"n_ctx": 8192, "n_ubatch": 64},
     "recent": {"n_ctx": 2048, "kv": {"score": "recent", "window": 7}},
+    "tova": {"n_ctx": 2048, "kv": {"score": "tova"}},
+    "keydiff": {"n_ctx": 4096, "kv": {"score": "keydiff"}},
+    "h2o": {"n_ctx": 4096, "n_seq_max": 2, "kv": {"score": "h2o"}},
+    "h2o in a lane": {"n_ctx": 2048, "kv": {"score": "h2o", "prefill": "lane"}},
     "chunked": {"n_ctx": 4096, "n_ubatch": 128, "kv": {"prefill": "chunked", "slack": 300}},
     "two prompts of four": {"n_ctx": 2048, "n_seq_max": 4, "kv": {"n_reading": 2}},
     "three prompts, one after others": {"n_ctx": 2048, "n_seq_max": 4, "kv": {"n_reading": 3, "n_copies": 1}},
@@ -215,6 +219,7 @@ def test_the_plan_is_what_is_allocated(shape: Shape, asked: dict[str, object], t
         rows_bytes=sum(budget.rows),
         position_bytes=sum(budget.positions),
         query_bytes=sum(budget.queries),
+        sum_bytes=sum(budget.sums),
         copy_bytes=sum(budget.copies),
         stage_bytes=budget.stage,
         hidden_bytes=budget.hidden,
