@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
-from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
+from ziggurat.runtime.errors import InvalidRequestError
 
 #: Last tokens whose queries observe, and first tokens that always stay.
 WINDOW, SINKS = 32, 4
@@ -26,12 +26,11 @@ BETA = 20
 
 @dataclass(frozen=True)
 class Method:
-    """A published method. ``ready`` is False for one whose name is taken but which is not there yet."""
+    """A published method."""
 
     name: str
     paper: str
     link: str
-    ready: bool = True
 
 
 class Schedule(Protocol):
@@ -151,12 +150,9 @@ def pool_of(score: str) -> int:
 
 
 def check_score(name: str) -> None:
-    """Raise InvalidRequestError for a score that there is not, UnsupportedError for one that is not there yet."""
-    ready = ", ".join(method.name for method in SCORES.values() if method.ready)
+    """Raise InvalidRequestError for a score that there is not."""
     if name not in SCORES:
-        raise InvalidRequestError(f"there is no score {name!r}; take one of {ready}")
-    if not SCORES[name].ready:
-        raise UnsupportedError(f"the score {name} ({SCORES[name].paper}) is not there yet; take one of {ready}")
+        raise InvalidRequestError(f"there is no score {name!r}; take one of {', '.join(SCORES)}")
 
 
 def allocate(

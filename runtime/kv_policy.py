@@ -135,8 +135,7 @@ def not_used(reason: str) -> str:
 def policy_of(options: Mapping[str, Any]) -> KVPolicy | None:
     """Return what the ``--kv-*`` options ask for, None for a cache that keeps every row.
 
-    ``options`` are values by parameter name, None where not given. Raises InvalidRequestError for contradictions and
-    UnsupportedError for methods that are not there yet.
+    ``options`` are values by parameter name, None where not given. Raises InvalidRequestError for contradictions.
     """
     given = {name: options[name] for name in _OPTIONS if options.get(name) is not None}
     amount, preset = given.pop("kv_budget", None), given.pop("kv_policy", None)

@@ -72,7 +72,7 @@ class Rows:
     queries: Array
     """(heads, n, d), after RoPE: of so many of the last tokens as can be rolled back, and of a window before them."""
     sums: Array
-    """(KV heads, rows): attention paid by the queries that are settled, the mean over a KV head's query heads."""
+    """(KV heads, rows): what queries paid that are settled, the mean over a KV head's query heads. Only for h2o."""
     paid: list[Array] = field(default_factory=list)
     """What each of the last queries paid, (KV heads, rows then), which a rollback takes back."""
 
@@ -144,6 +144,11 @@ class ReferenceSequence:
             left = np.arange(layer.positions.shape[1] - count)
             layer.keep(np.tile(left, (len(layer.positions), 1)))
 
+    def settle(self, left: int = 0) -> None:
+        """Of the score h2o: take what the queries paid as given, but for the last ones."""
+        for layer in self.layers:
+            layer.settle(left)
+
     def rows(self) -> tuple[int, ...]:
         return tuple(layer.positions.shape[1] for layer in self.layers)
 
@@ -176,7 +181,8 @@ class ReferenceSequence:
         cache.sums = np.pad(cache.sums, ((0, 0), (0, len(x))))
         paid = weights.reshape(kv_heads, -1, len(x), weights.shape[-1]).mean(1)
         n_held = weights.shape[-1] - len(x)
-        cache.paid += [paid[:, token, : n_held + token + 1] for token in range(len(x))]
+        if self.budget is not None and self.budget.score == "h2o":
+            cache.paid += [paid[:, token, : n_held + token + 1] for token in range(len(x))]
         out = weights @ np.repeat(cache.values, heads // kv_heads, 0)
         return self._project(name, "output", out.swapaxes(0, 1).reshape(len(x), heads * d))
 
@@ -250,8 +256,7 @@ class ReferenceSequence:
 
     def select(self, kept: Sequence[Ints] | None = None) -> None:
         """Bring every layer down to its wanted rows, or to these positions."""
-        for cache in self.layers:
-            cache.settle()
+        self.settle()
         for layer, cache in enumerate(self.layers):
             positions = self.wanted(layer) if kept is None else kept[layer]
             held = np.stack([np.isin(have, keep) for have, keep in zip(cache.positions, positions, strict=True)])

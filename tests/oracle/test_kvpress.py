@@ -126,3 +126,18 @@ def test_tova(folder: Path, gguf: Path, prompt: list[int], ratio: float) -> None
 def test_keydiff(folder: Path, gguf: Path, prompt: list[int], ratio: float) -> None:
     press = always_kept(kvpress.KeyDiffPress, WINDOW, compression_ratio=ratio)
     compare(gguf, prompt, kept_by(press, folder, prompt), score="keydiff", pool=1)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.88])
+def test_h2o(folder: Path, gguf: Path, prompt: list[int], ratio: float) -> None:
+    """Their mean over the queries that see a row, as the sum of H2O's paper."""
+
+    class Summed(kvpress.ObservedAttentionPress):  # type: ignore[misc]
+        def score(self, *arguments: Any, **named: Any) -> Any:
+            import torch
+
+            means = super().score(*arguments, **named)
+            return means * torch.arange(means.shape[-1], 0, -1)
+
+    press = always_kept(Summed, WINDOW, compression_ratio=ratio)
+    compare(gguf, prompt, kept_by(press, folder, prompt), score="h2o", pool=1)

@@ -40,7 +40,7 @@ ROWS = (100, 90)
         ({"slack": 2**20 + 1}, "slack is"),
         ({"pool": 4}, "pool is 4; it must be odd"),
         ({"pool_type": "median"}, "no pool_type 'median': avg, max"),
-        ({"score": "psychic"}, "no score 'psychic': snapkv, recent, random, tova, keydiff"),
+        ({"score": "psychic"}, "no score 'psychic': snapkv, recent, random, tova, keydiff, h2o"),
         ({"prefill": "lazy"}, "no prefill 'lazy': exact, bounded, chunked, lane"),
     ],
 )

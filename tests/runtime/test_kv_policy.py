@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ziggurat.runtime.budget import Budget, Pyramid, Uniform, allocate
-from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError, ZigguratError
+from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
 from ziggurat.runtime.kv_policy import KVPolicy, policy_of
 
 
@@ -37,6 +37,7 @@ def test_the_defaults_are_pyramidkv() -> None:
         ("streaming", Uniform(), "recent"),
         ("tova", Uniform(), "tova"),
         ("keydiff", Uniform(), "keydiff"),
+        ("h2o", Uniform(), "h2o"),
     ],
 )
 def test_presets(preset: str, schedule: object, score: str) -> None:
@@ -68,7 +69,6 @@ def test_options_override_a_preset() -> None:
         ({"budget": "99", "pool": 6}, InvalidRequestError, "--kv-pool 6: it has to be odd"),
         ({"budget": "x"}, InvalidRequestError, "--kv-budget x: give a number of rows"),
         ({"budget": "35"}, InvalidRequestError, "--kv-budget 35: has no room for the window (32) and the sinks (4)"),
-        ({"budget": "99", "policy": "h2o"}, UnsupportedError, "h2o (H2O (Zhang et al. 2023)) is not there yet"),
     ],
 )
 def test_contradictions_are_one_line(options: dict[str, Any], kind: type[ZigguratError], message: str) -> None:

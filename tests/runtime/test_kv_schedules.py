@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 from helpers.kv_library import Aborted, Budget, BudgetModel, Ints, Part, Refused
 from helpers.kv_models import Models, tokens
-from helpers.kv_reference import RING_SPARE, ReferenceSequence, Weights
+from helpers.kv_reference import RING_SPARE, SETTLED, ReferenceSequence, Weights
 from helpers.stock import nmse
 
 Result = TypeVar("Result")
@@ -91,13 +91,15 @@ class Schedule(RuleBasedStateMachine):
     path: Path
     weights: Weights
     prefill: str
+    score: str
     options: dict[str, object]
 
     @initialize(step_tokens=st.sampled_from([RING_SPARE, 5, 1]))
     def start(self, step_tokens: int) -> None:
         self.model = BudgetModel(self.path)
+        self.budget = replace(BUDGET, prefill=self.prefill, score=self.score)
         self.context = self.model.context(
-            N_CTX, replace(BUDGET, prefill=self.prefill), n_seq=N_SEQ, abort=self._abort, **self.options
+            N_CTX, self.budget, n_seq=N_SEQ, abort=self._abort, **self.options
         )
         self.capacity = self.context.capacity()
         self.sequences = [self._empty() for _ in range(N_SEQ)]
@@ -125,7 +127,7 @@ class Schedule(RuleBasedStateMachine):
             self.nodes_left = -1
 
     def _empty(self, rows: tuple[int, ...] = BUDGET.rows) -> Expected:
-        return Expected(ReferenceSequence(self.weights, BUDGET), rows=rows)
+        return Expected(ReferenceSequence(self.weights, self.budget), rows=rows)
 
     def teardown(self) -> None:
         if hasattr(self, "context"):
@@ -144,7 +146,18 @@ class Schedule(RuleBasedStateMachine):
 
     def _may_select(self, sequence: Expected, n: int) -> bool:
         """Above its budget; and it waits for queries as long as it has room."""
-        return sequence.overflows(0) and (bool(sequence.reference.layers[0].queries.size) or self._room(sequence) < n)
+        return sequence.overflows(0) and (not self._blind(sequence) or self._room(sequence) < n)
+
+    def _blind(self, sequence: Expected) -> bool:
+        """All queries to select by were rolled back."""
+        return self.score in ("snapkv", "tova") and not sequence.reference.layers[0].queries.size
+
+    def _settle(self, sequence: Expected, n: int) -> bool:
+        """Sums of attention take up what was kept before there is no place for the queries of n tokens."""
+        full = len(sequence.reference.layers[0].paid) + n > SETTLED + RING_SPARE
+        if full:
+            sequence.reference.settle(RING_SPARE)
+        return full
 
     def _due(self, parts: Iterable[tuple[int, int]]) -> set[int]:
         """Of sequences that take a step together, those that select first: as late as their room lets them, singly."""
@@ -165,7 +178,7 @@ class Schedule(RuleBasedStateMachine):
         sequence = self.sequences[index]
         kept: list[Ints] = [positions[:, : positions.shape[1] - new] for positions in self.context.kept(index)]
         reference = sequence.reference
-        reference.budget = Budget(sequence.rows, BUDGET.window, BUDGET.sinks)
+        reference.budget = replace(self.budget, rows=sequence.rows)
         for layer, positions in enumerate(kept):
             reference.swaps(layer, positions, 1e-4)
         reference.select(kept)
@@ -174,7 +187,8 @@ class Schedule(RuleBasedStateMachine):
         """Whether tokens of a batch are read into a copy of their sequence."""
         if self._is_step(sequence, n):
             return False
-        return sequence.overflows(n) or (n > RING_SPARE and not sequence.empty)
+        kept = self.score != "keydiff" and not sequence.empty
+        return sequence.overflows(n) or (n > RING_SPARE and (kept or self.score == "h2o"))
 
     @rule(
         parts=st.lists(st.tuples(SEQUENCES, LENGTHS), min_size=1, max_size=N_SEQ, unique_by=lambda part: part[0]),
@@ -188,19 +202,30 @@ class Schedule(RuleBasedStateMachine):
                 self.context.decode(*batch)
             return
         due = self._due(parts)
+        prompts = {i for i, n in parts if self._is_prompt(self.sequences[i], n)}
+        sizes = {i: len(self.context.saved(i)) for i, _ in parts if i not in self.readings}
         logits = self._try(lambda: self.context.decode(*batch), fault)
+        for i, n in parts:
+            # a state has fewer queries when some were summed up, which is no fault's to take back
+            if i not in due and i not in prompts and (logits or len(self.context.saved(i)) < sizes[i]):
+                self._settle(self.sequences[i], n)
         for part, got in zip(batch, logits or [None] * len(batch), strict=True):
             sequence = self.sequences[part.sequence]
             if self.context.last(part.sequence) != sequence.reference.n - 1:
                 selects = not self._is_step(sequence, len(part.tokens)) and sequence.overflows(len(part.tokens))
-                self._account(part, None if got is None else got[0], due=part.sequence in due, selects=selects)
+                staged = part.sequence in prompts
+                self._account(
+                    part, None if got is None else got[0], due=part.sequence in due, selects=selects, staged=staged
+                )
             else:
                 assert logits is None
                 if part.sequence in due and self.context.rows(part.sequence) != tuple(sequence.used):
                     sequence.select()  # which came before what failed
                     self._follow(part.sequence, 0)
 
-    def _account(self, part: Part, got: np.ndarray | None, *, due: bool, selects: bool) -> None:
+    def _account(
+        self, part: Part, got: np.ndarray | None, *, due: bool, selects: bool, staged: bool = False
+    ) -> None:
         sequence, n = self.sequences[part.sequence], len(part.tokens)
         if due:
             sequence.select()
@@ -213,6 +238,8 @@ class Schedule(RuleBasedStateMachine):
             if selects:
                 sequence.select()
                 self._follow(part.sequence, 0)
+            elif staged:
+                sequence.reference.settle()
         assert got is None or nmse(got, wanted[-1].astype(np.float32)) < 1e-6
 
     @rule(index=SEQUENCES, n=LENGTHS)
@@ -251,7 +278,10 @@ class Schedule(RuleBasedStateMachine):
         # a single token takes a place beyond the budget, if there is one
         n = len(reading.part.tokens)
         selects = not self._room(sequence) if n == 1 else sequence.overflows(n)
-        self._account(reading.part, self.context._logits([-1])[0], due=False, selects=selects)
+        full = len(sequence.reference.layers[0].paid) == SETTLED + RING_SPARE
+        staged = n > 1 or selects or full
+        selects |= full and sequence.overflows(n)
+        self._account(reading.part, self.context._logits([-1])[0], due=False, selects=selects, staged=staged)
         sequence.rows = rows
 
     @precondition(lambda self: self.readings)
@@ -301,6 +331,7 @@ class Schedule(RuleBasedStateMachine):
                 self._account(Part(index, some), self.context.read(some, index)[0], due=True, selects=False)
             else:
                 sequence.add(len(some))
+                self._settle(sequence, len(some))
                 logits = self.context.read(some, index, every=True)
                 assert nmse(logits, sequence.reference.read(some).astype(np.float32)) < 1e-6
             drafts = len(some) - right
@@ -343,7 +374,7 @@ class Schedule(RuleBasedStateMachine):
         sequence = self.sequences[index]
         if index in self.readings:
             return
-        if sequence.overflows(0) and not sequence.reference.layers[0].queries.size:  # all were rolled back
+        if sequence.overflows(0) and self._blind(sequence):
             assert self.context.select(index) == -1
             assert "queries" in self.context.refusal
             return
@@ -406,9 +437,18 @@ class Schedule(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("shape", "ubatch", "prefill"), [("gqa", 16, "exact"), ("gqa", 256, "exact"), ("uneven", 16, "lane")]
+    ("shape", "ubatch", "prefill", "score"),
+    [
+        ("gqa", 16, "exact", "snapkv"),
+        ("gqa", 256, "exact", "snapkv"),
+        ("uneven", 16, "lane", "snapkv"),
+        ("gqa", 16, "exact", "h2o"),
+        ("uneven", 16, "lane", "h2o"),
+        ("gqa", 16, "exact", "tova"),
+        ("gqa", 16, "exact", "keydiff"),
+    ],
 )
-def test_random_schedules(shape: str, ubatch: int, prefill: str, kv_files: Models) -> None:
+def test_random_schedules(shape: str, ubatch: int, prefill: str, score: str, kv_files: Models) -> None:
     """Read layer by layer, and in the lane."""
     path = kv_files[shape]
 
@@ -416,7 +456,7 @@ def test_random_schedules(shape: str, ubatch: int, prefill: str, kv_files: Model
         pass
 
     OfThisModel.path, OfThisModel.weights = path, Weights(path)
-    OfThisModel.prefill, OfThisModel.options = prefill, {"ubatch": ubatch}
+    OfThisModel.prefill, OfThisModel.score, OfThisModel.options = prefill, score, {"ubatch": ubatch}
     run_state_machine_as_test(
         OfThisModel,
         settings=settings(

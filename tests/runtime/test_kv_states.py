@@ -20,6 +20,8 @@ WAYS: dict[str, tuple[Budget, dict[str, Any]]] = {
     "random": (replace(BUDGET, score="random", seed=3), {}),
     "recent": (replace(BUDGET, score="recent"), {}),
     "tova": (replace(BUDGET, score="tova"), {}),
+    "h2o": (replace(BUDGET, score="h2o", pool=1), {}),
+    "h2o in a lane": (replace(BUDGET, score="h2o", prefill="lane"), {}),
     "keydiff": (replace(BUDGET, score="keydiff"), {}),
     "lane": (replace(BUDGET, prefill="lane"), {}),
     "chunked": (replace(BUDGET, prefill="chunked"), {}),
