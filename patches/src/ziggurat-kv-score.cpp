@@ -113,6 +113,21 @@ ggml_tensor * pooled(ggml_context * ctx, ggml_tensor * scores, const ziggurat_kv
     return ggml_pool_1d(ctx, scores, GGML_OP_POOL_AVG, params.pool, 1, 0);
 }
 
+// The softmax of the model: kq [n, window, group] of query heads from first_head on.
+ggml_tensor * attention(
+        ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_layer & layer,
+        ggml_tensor * kq, ggml_tensor * mask, int64_t first_head) {
+    if (kv.hparams.attn_soft_cap) {
+        const float cap = kv.hparams.f_attn_logit_softcapping;
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, 1.0f/cap)), cap);
+    }
+    kq = ggml_soft_max_ext(ctx, kq, mask, layer.kq_scale, 0.0f);
+    if (layer.sinks) {
+        ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, layer.sinks, kq->ne[2], first_head*layer.sinks->nb[0]));
+    }
+    return kq;
+}
+
 // SnapKV: how much attention the window's queries pay to each row, averaged over them and over the query heads of a KV
 // head (in F32, causal within the window), then pooled.
 ggml_tensor * snapkv(
@@ -138,7 +153,7 @@ ggml_tensor * snapkv(
 
         ggml_tensor * s = ggml_mul_mat(ctx, k, q); // [n, window, group]
         ggml_prec_set_acc(s, GGML_PREC_F32);
-        s = ggml_soft_max_ext(ctx, s, input->mask, layer.kq_scale, 0.0f);
+        s = attention(ctx, kv, layer, s, input->mask, h*group);
         s = ggml_out_prod(ctx, ggml_reshape_2d(ctx, s, sel.n, window*group), input->weights); // [n, 1]
         scores = scores ? ggml_concat(ctx, scores, s, 1) : s;
         // now, or the temporaries of all heads may live at once
