@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ziggurat.runtime.budget import POOL, POOL_TYPE, SINKS, WINDOW
@@ -25,7 +26,8 @@ class KVSettings:
     """A context's KV budget.
 
     ``rows`` are those per KV head that each of the model's layers keeps after a prompt, the ``window`` last tokens and
-    the ``sinks`` first ones included; more than the context has mean all. The queries of the window observe: their
+    the ``sinks`` first ones included; more than the context has mean all. 0 is for layers with a sliding window: they
+    have no budget, and what the library keeps for them without one. The queries of the window observe: their
     attention, pooled over ``pool`` positions (odd) by ``pool_type``, is the score snapkv. ``slack`` is how many rows a
     layer has beyond, at least, for generated tokens. ``prefill`` exact selects once, after the whole prompt, layer by
     layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
@@ -64,11 +66,20 @@ class KVSettings:
                 f"the KV budget's n_copies is {self.n_copies}; it must be from 0 to n_reading ({self.n_reading})"
             )
         least = self.window + self.sinks
-        if not self.rows or not least <= min(self.rows) <= max(self.rows) <= _MAX:
+        if not self.bounded or not least <= min(self.bounded) <= max(self.bounded) <= _MAX:
             raise InvalidRequestError(
                 f"a KV budget needs at least {least} rows in every layer, for the window and the sinks; this one has"
-                f" {min(self.rows, default=0)} in one"
+                f" {min(self.bounded, default=0)} in one"
             )
+
+    @property
+    def bounded(self) -> tuple[int, ...]:
+        """The rows of the layers that have a budget."""
+        return tuple(rows for rows in self.rows if rows)
+
+    def of_bounded(self, values: Sequence[int]) -> tuple[int, ...]:
+        """Return the values, one for each layer, of the layers that have a budget."""
+        return tuple(value for value, rows in zip(values, self.rows, strict=True) if rows)
 
     @property
     def copies(self) -> int:

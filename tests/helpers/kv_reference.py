@@ -20,7 +20,14 @@ from helpers.kv_library import Budget, Ints
 
 Array = npt.NDArray[np.float64]
 _GEMMA = ("gemma2", "gemma3")
-_PAIRS_APART = ("qwen2", "qwen3", "qwen3moe", "phi3", *_GEMMA, "gpt-oss")  # RoPE turns (i, i + d/2), elsewhere (2i, 2i + 1)
+_PAIRS_APART = (
+    "qwen2",
+    "qwen3",
+    "qwen3moe",
+    "phi3",
+    *_GEMMA,
+    "gpt-oss",
+)  # RoPE turns (i, i + d/2), elsewhere (2i, 2i + 1)
 _PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2}  # the last layer of each sees everything, the others a window
 
 
