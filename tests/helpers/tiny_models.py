@@ -208,7 +208,11 @@ def _tensors(shape: Shape, tokens: Tokens, rng: np.random.Generator) -> Iterator
             yield block + "attn_q_norm.weight", ones(heads["q"])
             yield block + "attn_k_norm.weight", ones(heads["k"])
         if shape.arch == "gpt2":
-            for name, width in {"attn_norm": shape.n_embd, "attn_qkv": sum(heads.values()), "ffn_up": shape.n_ff}.items():
+            for name, width in {
+                "attn_norm": shape.n_embd,
+                "attn_qkv": sum(heads.values()),
+                "ffn_up": shape.n_ff,
+            }.items():
                 yield f"{block}{name}.bias", normal(width)
             for name in ("attn_output", "ffn_norm", "ffn_down"):
                 yield f"{block}{name}.bias", normal(shape.n_embd)
