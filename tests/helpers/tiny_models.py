@@ -24,7 +24,8 @@ CHATML = (
 class Shape:
     """The shape of a tiny model; ``n_head`` and ``n_head_kv`` may have one entry per layer.
 
-    Architectures: llama, qwen2, qwen3, phi3, granite, gemma2, gemma3, olmo2, gpt2; with experts (two used) llama, qwen3moe, gpt-oss.
+    Architectures: llama, qwen2, qwen3, phi3, granite, gemma2, gemma3, olmo2, gpt2; with experts (two used) llama,
+    qwen3moe, gpt-oss.
     ``slides`` says which layers have the sliding window, where it is not the architecture's own pattern; ``softcap``
     bounds gemma2's attention scores.
     """
@@ -208,11 +209,8 @@ def _tensors(shape: Shape, tokens: Tokens, rng: np.random.Generator) -> Iterator
             yield block + "attn_q_norm.weight", ones(heads["q"])
             yield block + "attn_k_norm.weight", ones(heads["k"])
         if shape.arch == "gpt2":
-            for name, width in {
-                "attn_norm": shape.n_embd,
-                "attn_qkv": sum(heads.values()),
-                "ffn_up": shape.n_ff,
-            }.items():
+            widths = {"attn_norm": shape.n_embd, "attn_qkv": sum(heads.values()), "ffn_up": shape.n_ff}
+            for name, width in widths.items():
                 yield f"{block}{name}.bias", normal(width)
             for name in ("attn_output", "ffn_norm", "ffn_down"):
                 yield f"{block}{name}.bias", normal(shape.n_embd)
