@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ from ziggurat.runtime.errors import InvalidRequestError
 DEFAULT_PRESET, NO_BUDGET = "pyramid", "none"
 #: Prompts that are read at a time, unless asked otherwise.
 LANES = 2
+#: The layers of a model: the sliding window of each, 0 for those that see everything; or how many there are of these.
+Layers = int | Sequence[int]
 _LENGTHS = 256  # of prompts that ``most_rows`` looks at
 _LIBRARY_ROWS = 256  # rows of a context are allocated in such steps
 
@@ -69,15 +71,20 @@ class KVPolicy:
         """Whether prompts of different lengths get different rows."""
         return self.budget.percent is not None or not isinstance(self.schedule, Uniform)
 
-    def rows(self, layers: int, n_ctx: int, prompt_tokens: int | None = None) -> tuple[int, ...]:
-        """Return the rows that each layer keeps of a prompt, by default the longest that the context takes."""
+    def rows(self, layers: Layers, n_ctx: int, prompt_tokens: int | None = None) -> tuple[int, ...]:
+        """Return the rows that each layer keeps of a prompt, by default the longest that the context takes.
+
+        Only layers that see everything have a budget, and are what a schedule counts; the others' rows are 0.
+        """
+        windows = (0,) * layers if isinstance(layers, int) else layers
+        n_bounded = sum(not window for window in windows)
         context = max(-(-n_ctx // _LIBRARY_ROWS) * _LIBRARY_ROWS, self.window + self.sinks)
         tokens = min(prompt_tokens or n_ctx, n_ctx)
-        total = max(self.budget.total(layers, tokens), layers * (self.window + self.sinks))
-        return tuple(
+        total = max(self.budget.total(n_bounded, tokens), n_bounded * (self.window + self.sinks))
+        bounded = iter(
             allocate(
                 total,
-                layers,
+                n_bounded,
                 schedule=self.schedule,
                 window=self.window,
                 sinks=self.sinks,
@@ -85,8 +92,9 @@ class KVPolicy:
                 context=context,
             )
         )
+        return tuple(0 if window else next(bounded) for window in windows)
 
-    def most_rows(self, layers: int, n_ctx: int) -> tuple[int, ...]:
+    def most_rows(self, layers: Layers, n_ctx: int) -> tuple[int, ...]:
         """Return the most rows that each layer keeps of a prompt of any length up to the context.
 
         A falling schedule is flatter for shorter prompts: a layer above keeps more of those. (Looked at for lengths

@@ -3,6 +3,7 @@
 #include "ziggurat-kv-context.h"
 
 #include "ziggurat-kv-fault.h"
+#include "ziggurat-kv-slide.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -61,7 +62,7 @@ bool ziggurat_kv_cache::check_positions(
 bool ziggurat_kv_cache::fits_budget(uint32_t index, uint32_t n_tokens) const {
     const auto & seq = seqs[index];
     for (uint32_t il = 0; il < layers.size(); ++il) {
-        if (seq.used[il] + n_tokens > seq.budget[il]) {
+        if (!layers[il].slides && seq.used[il] + n_tokens > seq.budget[il]) {
             return false;
         }
     }
@@ -72,8 +73,10 @@ bool ziggurat_kv_cache::has_place(llama_seq_id seq_id, uint32_t n_tokens) {
     if (fits_budget(seq_id, n_tokens) || (evicts && params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED)) {
         return true;
     }
-    const auto &   used     = seqs[seq_id].used;
-    const uint32_t max_used = *std::max_element(used.begin(), used.end());
+    uint32_t max_used = 0;
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        max_used = std::max(max_used, layers[il].slides ? 0 : seqs[seq_id].used[il]);
+    }
     if (evicts && max_used + n_tokens <= stage_rows) {
         return true;
     }
@@ -106,8 +109,8 @@ ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_
         return need::in_place; // there is room, or is made: see due_selections
     }
     // rows are written beside those that are there, but only so many queries are
-    const bool can_undo = !evicts || !uses_queries() || (seqs[seq_id].next == 0 && !sums_up()) ||
-            n_tokens <= ZIGGURAT_KV_RING_SPARE;
+    const bool can_undo = ziggurat_kv_rings_outlive(*this, seqs[seq_id], n_tokens) &&
+            (!evicts || !uses_queries() || (seqs[seq_id].next == 0 && !sums_up()) || n_tokens <= ZIGGURAT_KV_RING_SPARE);
     if (fits_budget(seq_id, n_tokens) && can_undo) {
         return need::in_place;
     }
@@ -118,7 +121,7 @@ int32_t ziggurat_kv_cache::set_step(llama_context & ctx, uint32_t n) {
     refusal.clear();
     uint32_t most = ZIGGURAT_KV_RING_SPARE;
     for (const auto & layer : layers) {
-        most = evicts ? std::min(most, layer.capacity - layer.budget) : most;
+        most = evicts && !layer.slides ? std::min(most, layer.capacity - layer.budget) : most;
     }
     if (n < 1 || n > most) {
         refusal = format("a step of %u tokens; in this context it has 1 to %u", n, most);
@@ -158,6 +161,9 @@ std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(
         uint32_t room  = std::numeric_limits<uint32_t>::max();
         bool     above = false;
         for (uint32_t il = 0; il < layers.size(); ++il) {
+            if (layers[il].slides) {
+                continue;
+            }
             room   = std::min(room, layers[il].capacity - seqs[s].used[il]);
             above |= seqs[s].used[il] > seqs[s].budget[il];
         }

@@ -4,7 +4,7 @@
 // apart into steps (ziggurat-kv-context.h), ziggurat-kv-graph.h builds their graphs, which ziggurat-kv-cut.h cuts down to
 // a layer, and ziggurat-kv-select.h moves the rows that ziggurat-kv-score.h finds worth keeping. ziggurat-kv-prompt.cpp
 // reads a prompt into a copy of its sequence, which takes the sequence's place when all is done. ziggurat-kv-state.cpp
-// copies, saves and restores sequences.
+// copies, saves and restores sequences. ziggurat-kv-slide.h is about layers with a sliding window.
 
 #include "ziggurat-kv-arena.h"
 #include "ziggurat-kv-topology.h"
@@ -35,6 +35,7 @@ struct ziggurat_kv_layer {
     uint32_t n_head_kv = 0;
     uint32_t budget    = 0; // rows after a selection
     uint32_t capacity  = 0; // rows allocated for a sequence
+    bool     slides    = false; // it has a sliding window: its rows are a ring, and there is nothing to select
 
     ggml_backend_buffer_type_t buft = nullptr;
 
@@ -49,11 +50,13 @@ struct ziggurat_kv_layer {
     ggml_tensor * stage_v   = nullptr; // [n_embd_v_gqa, stage_rows, n_reading]
     ggml_tensor * stage_sums = nullptr; // F32 [stage_rows, n_head_kv, n_reading]
 
-    float kq_scale = 0.0f; // as the model's graph uses it
+    float         kq_scale = 0.0f;    // as the model's graph uses them
+    ggml_tensor * sinks    = nullptr; // F32 [n_head]: logits that take part in the softmax and have no row
 };
 
 // What a sequence holds. Rows are in the order of their positions. In each layer the first `fixed` are those that the
-// last selection left; the others have consecutive positions that end at next - 1.
+// last selection left; the others have consecutive positions that end at next - 1. In a layer that slides all of them
+// are such: those that no later row has taken the place of.
 struct ziggurat_kv_sequence {
     llama_pos next         = 0;     // tokens seen
     llama_pos queries_from = 0;     // the ring holds the queries of positions queries_from .. next - 1; where attention is
@@ -136,6 +139,7 @@ public:
     const uint32_t n_ring;    // queries in a ring
 
     bool     evicts      = false; // whether anything can ever be evicted
+    bool     overwrites  = false; // whether reading a prompt can destroy rows that its sequence has
     bool     layer_major = false;
     uint32_t stage_rows  = 0;
 
@@ -147,8 +151,9 @@ public:
 
     llama_context * lctx = nullptr; // the context that this is the memory of, once it has computed anything
 
-    // upstream's cache of one row: knows whether and how rows of quantized types are rotated
+    // upstream's caches of one row: they know whether and how rows of quantized types are rotated
     std::unique_ptr<llama_kv_cache> rotation;
+    std::unique_ptr<llama_kv_cache> rotation_swa; // in layers that slide
 
     ziggurat_kv_topology topology; // of the last graph
 
@@ -218,6 +223,12 @@ public:
     bool    begin_prompt(llama_seq_id seq_id, const llama_token * tokens, size_t n);
     int32_t step_prompt(llama_context & ctx, llama_seq_id seq_id, uint32_t max_steps, ziggurat_kv_progress * progress);
 
+    // Takes back what was written of `now` since it was `before`. Its rings may be overwritten in part.
+    void take_back(const ziggurat_kv_sequence & before, ziggurat_kv_sequence & now) const;
+
+    // How many of a sequence's last tokens can be removed.
+    uint32_t tail(const ziggurat_kv_sequence & seq) const;
+
     // Removes the positions from p0 on. Returns why that cannot be, with nothing changed, or "".
     std::string cut(ziggurat_kv_sequence & seq, llama_seq_id seq_id, llama_pos p0) const;
 
@@ -230,6 +241,7 @@ public:
 
 private:
     void make_rows();
+    std::unique_ptr<llama_kv_cache> make_rotation(bool slides) const;
     void make_stage(bool layer_major);
     void make_stage_sums(bool layer_major);
     bool can_cut() const;

@@ -39,7 +39,7 @@ ziggurat_kv_context::~ziggurat_kv_context() {
 
 void ziggurat_kv_context::undo() {
     for (auto & [s, seq] : before) {
-        kv->seqs[s] = std::move(seq);
+        kv->take_back(seq, kv->seqs[s]);
     }
     if (reading >= 0) {
         kv->drop_reading(reading);
@@ -71,8 +71,14 @@ bool ziggurat_kv_context::next() {
     const auto   index = first_index(get_ubatch());
     if (step.staged && step.last) {
         for (uint32_t il = 0; il < kv->layers.size(); ++il) {
-            if (step.layer < 0 || step.layer == (int32_t) il) {
-                kv->note_selection(index, il, kv->seqs[index].used[il] + step.total, step_plans[il].target);
+            if (step.layer >= 0 && step.layer != (int32_t) il) {
+                continue;
+            }
+            const uint32_t n = kv->seqs[index].used[il] + step.total;
+            if (kv->layers[il].slides) {
+                kv->seqs[index].used[il] = std::min(n, kv->layers[il].capacity);
+            } else {
+                kv->note_selection(index, il, n, step_plans[il].target);
             }
         }
         if (has_outputs()) {
@@ -132,9 +138,28 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans(const llama_ubatch & ub
                             : plans_largest(n_seqs(ubatch), n_new);
 }
 
+// A ring is read where it is, also by prompts: into the plane of the copy.
+ziggurat_kv_plan ziggurat_kv_context::plan_sliding(
+        uint32_t il, uint32_t first, uint32_t n_seqs, uint32_t offset, uint32_t n_new) const {
+    const auto & layer = kv->layers[il];
+    ziggurat_kv_plan plan;
+    for (uint32_t s = first; s < first + n_seqs; ++s) {
+        const auto &   seq  = kv->seqs[s];
+        const uint32_t past = what == kind::batch ? seq.next + offset : 0;
+        const bool     full = what != kind::batch || past + n_new > layer.capacity || seq.used[il] < (uint32_t) seq.next;
+        plan.past.push_back(past);
+        plan.n_kv = std::max(plan.n_kv, full ? layer.capacity : kv->padded_rows(layer, past + n_new));
+    }
+    return plan;
+}
+
 std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_in_place(uint32_t first, uint32_t n_seqs, uint32_t n_new) const {
     std::vector<ziggurat_kv_plan> res(kv->layers.size());
     for (uint32_t il = 0; il < res.size(); ++il) {
+        if (kv->layers[il].slides) {
+            res[il] = plan_sliding(il, first, n_seqs, 0, n_new);
+            continue;
+        }
         for (uint32_t s = first; s < first + n_seqs; ++s) {
             const auto & seq = kv->seqs[s];
             res[il].past.push_back(seq.used[il]);
@@ -154,7 +179,8 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_staged(
     std::vector<uint32_t> before;
     for (uint32_t il = 0; il < kv->layers.size(); ++il) {
         // a graph that is cut down to one layer has all layers alike
-        const uint32_t rows = held(step.layer < 0 ? il : step.layer);
+        const uint32_t of   = step.layer < 0 ? il : step.layer;
+        const uint32_t rows = kv->layers[of].slides ? 0 : held(of);
         before.push_back(std::min(rows, kv->stage_rows - step.total));
     }
     const uint32_t base = *std::max_element(before.begin(), before.end());
@@ -165,6 +191,10 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_staged(
         const uint32_t n        = before[il] + step.total;
 
         auto & plan = res[il];
+        if (kv->layers[il].slides) {
+            plan = plan_sliding(il, what == kind::batch ? first_index(get_ubatch()) : 0, 1, step.offset, n_new);
+            continue;
+        }
         plan.past   = { base + step.offset };
         plan.shift  = base - before[il];
         plan.n_kv   = std::min(kv->stage_rows, std::max(ROW_PADDING, GGML_PAD(base + step.offset + n_new, ROW_PADDING)));
@@ -179,13 +209,19 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_largest(uint32_t n_seqs
     uint32_t budget   = kv->n_ctx;
     uint32_t capacity = kv->n_ctx;
     for (const auto & layer : kv->layers) {
-        budget   = std::min(budget,   layer.budget);
-        capacity = std::min(capacity, layer.capacity);
+        if (!layer.slides) {
+            budget   = std::min(budget,   layer.budget);
+            capacity = std::min(capacity, layer.capacity);
+        }
     }
     const uint32_t common = std::min(capacity, GGML_PAD(std::max(budget, n_new), ROW_PADDING));
 
     std::vector<ziggurat_kv_plan> res(kv->layers.size());
     for (uint32_t il = 0; il < res.size(); ++il) {
+        if (kv->layers[il].slides) {
+            res[il] = plan_sliding(il, 0, n_seqs, 0, n_new);
+            continue;
+        }
         res[il].n_kv = n_new <= kv->step_tokens ? kv->layers[il].capacity : common;
         res[il].past.assign(n_seqs, res[il].n_kv - std::min(res[il].n_kv, n_new));
     }
@@ -261,7 +297,9 @@ bool ziggurat_kv_context::select(llama_seq_id seq_id, bool move) {
 
     for (uint32_t il = 0; il < kv->layers.size(); ++il) {
         const auto & layer = kv->layers[il];
-
+        if (layer.slides) {
+            continue;
+        }
         auto sel = rows_of(seq_id, il);
         if (kv->sums_up()) { // those of all layers, since queries are kept of all or of none
             ggml_tensor * next = ziggurat_kv_sums_view(ctx, layer.sums_next, 0, sel.n);
@@ -295,6 +333,9 @@ bool ziggurat_kv_context::settle(llama_seq_id seq_id) {
 
     const llama_pos until = kv->seqs[seq_id].next - (llama_pos) ZIGGURAT_KV_RING_SPARE;
     for (uint32_t il = 0; il < kv->layers.size(); ++il) {
+        if (kv->layers[il].slides) {
+            continue;
+        }
         const auto sel = rows_of(seq_id, il);
         auto * ctx = res->get_ctx();
         auto * now = ziggurat_kv_build_sums(ctx, res->get_gf(), res, *kv, sel, until);

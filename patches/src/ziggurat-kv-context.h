@@ -15,7 +15,7 @@ struct ziggurat_kv_selection;
 
 // How a layer takes part in a step.
 struct ziggurat_kv_plan {
-    std::vector<uint32_t> past; // rows before the new ones, per sequence of the ubatch
+    std::vector<uint32_t> past; // rows before the new ones, per sequence of the ubatch; positions if the layer slides
     uint32_t n_kv   = 0;        // rows attended to, with padding
     uint32_t shift  = 0;        // stage: rows start here, so that the new ones of all layers lie in the same places
     uint32_t n_copy = 0;        // rows to copy to the stage first
@@ -68,6 +68,7 @@ public:
     ziggurat_kv_cache * kv = nullptr;
 
 private:
+    ziggurat_kv_plan plan_sliding(uint32_t il, uint32_t first, uint32_t n_seqs, uint32_t offset, uint32_t n_new) const;
     std::vector<ziggurat_kv_plan> plans_in_place(uint32_t first, uint32_t n_seqs, uint32_t n_new) const;
     std::vector<ziggurat_kv_plan> plans_staged(uint32_t n_new, const std::function<uint32_t(uint32_t)> & held) const;
     std::vector<ziggurat_kv_plan> plans_largest(uint32_t n_seqs, uint32_t n_new) const;

@@ -163,6 +163,21 @@ ggml_tensor * random_scores(
 
 } // namespace
 
+// In F32, before it is averaged: with the cap and the sinks that the model has.
+ggml_tensor * ziggurat_kv_softmax(
+        ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_layer & layer,
+        ggml_tensor * kq, ggml_tensor * mask, int64_t first_head) {
+    if (kv.hparams.attn_soft_cap) {
+        const float cap = kv.hparams.f_attn_logit_softcapping;
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, 1.0f/cap)), cap);
+    }
+    kq = ggml_soft_max_ext(ctx, kq, mask, layer.kq_scale, 0.0f);
+    if (layer.sinks) {
+        ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, layer.sinks, kq->ne[2], first_head*layer.sinks->nb[0]));
+    }
+    return kq;
+}
+
 // In F32, causal among the last rows, averaged over the query heads of a KV head.
 ggml_tensor * ziggurat_kv_build_attention(
         ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv,
@@ -188,7 +203,7 @@ ggml_tensor * ziggurat_kv_build_attention(
 
         ggml_tensor * s = ggml_mul_mat(ctx, k, q); // [n, window, group]
         ggml_prec_set_acc(s, GGML_PREC_F32);
-        s = ggml_soft_max_ext(ctx, s, input->mask, layer.kq_scale, 0.0f);
+        s = ziggurat_kv_softmax(ctx, kv, layer, s, input->mask, h*group);
         s = ggml_out_prod(ctx, ggml_reshape_2d(ctx, s, sel.n, window*group), input->weights); // [n, 1]
         scores = scores ? ggml_concat(ctx, scores, s, 1) : s;
         // now, or the temporaries of all heads may live at once

@@ -35,7 +35,8 @@ ggml_tensor * ziggurat_kv_build_sums(
 }
 
 ggml_tensor * ziggurat_kv_build_paid(
-        ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask, float kq_scale) {
+        ggml_context * ctx, ggml_cgraph * gf, const ziggurat_kv_cache & kv, const ziggurat_kv_layer & layer,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask) {
     const int64_t n         = k->ne[1];
     const int64_t n_head    = q->ne[1];
     const int64_t n_head_kv = k->ne[2];
@@ -52,7 +53,7 @@ ggml_tensor * ziggurat_kv_build_paid(
 
         ggml_tensor * s = ggml_mul_mat(ctx, k, some); // [n, m, n_head]
         ggml_prec_set_acc(s, GGML_PREC_F32);
-        s = ggml_soft_max_ext(ctx, s, seen, kq_scale, 0.0f);
+        s = ziggurat_kv_softmax(ctx, kv, layer, s, seen, 0);
 
         ggml_tensor * shares = ggml_scale_bias(ctx, ggml_arange(ctx, 0.0f, (float) (m*n_head), 1.0f), 0.0f, 1.0f/group);
         s = ggml_out_prod(ctx, ggml_reshape_3d(ctx, s, n, m*group, n_head_kv), ggml_reshape_3d(ctx, shares, 1, m*group, n_head_kv));
@@ -63,5 +64,5 @@ ggml_tensor * ziggurat_kv_build_paid(
 }
 
 uint32_t ziggurat_kv_paid_nodes(uint32_t n_tokens) {
-    return 11*(n_tokens/BLOCK_LEAST + 1) + 16;
+    return 15*(n_tokens/BLOCK_LEAST + 1) + 16;
 }

@@ -20,7 +20,8 @@ ggml_tensor * ziggurat_kv_build_sums(
 // What queries pay to the rows k, and nothing is paid where mask says so: F32 [rows, n_head_kv]. q: [d, n_head, n_tokens],
 // k: [d, rows, n_head_kv], mask: [rows, n_tokens].
 ggml_tensor * ziggurat_kv_build_paid(
-        ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask, float kq_scale);
+        ggml_context * ctx, ggml_cgraph * gf, const ziggurat_kv_cache & kv, const ziggurat_kv_layer & layer,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * mask);
 
 // Nodes that this takes at most in the graph of one layer.
 uint32_t ziggurat_kv_paid_nodes(uint32_t n_tokens);

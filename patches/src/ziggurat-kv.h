@@ -5,6 +5,9 @@
 // llama_context_params::kv_budget points to a ziggurat_kv_params while a context is made (it is copied); NULL leaves
 // everything as it is upstream. "How many" rows a layer keeps is in `rows` and comes from the caller; "which" is
 // `score`. Models it does not fit run with the full cache; ziggurat_kv_unsupported says why.
+//
+// Layers with a sliding window have none: they keep the rows that upstream's cache keeps (never the whole context, swa_full
+// or not), and all that is said of budgets and selections here is about the other layers.
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -45,7 +48,8 @@ enum ziggurat_kv_pool {
 };
 
 // What llama.h's functions do on a context with a budget, beyond decoding. What they refuse changes nothing.
-//   llama_memory_seq_rm   removes a whole sequence, or the end of one as far as its last selection.
+//   llama_memory_seq_rm   removes a whole sequence, or the end of one as far as its last selection, and no further than
+//                         leaves a whole window of rows in layers that have a sliding one.
 //   llama_memory_seq_cp   copies a whole sequence, or one without an end that could be removed; what the other held is
 //                         gone. Every sequence has rows of its own, so a copy takes as many. Both go on alike.
 //   llama_state_seq_*     save a sequence and restore it, also in another context, if it has the same budgets, types and
@@ -55,7 +59,8 @@ enum ziggurat_kv_pool {
 
 struct ziggurat_kv_params {
     uint32_t         n_layer; // length of rows; the model's number of layers
-    const uint32_t * rows;    // rows per KV head that a layer keeps after a prompt, window and sinks included
+    const uint32_t * rows;    // rows per KV head that a layer keeps after a prompt, window and sinks included; of a layer
+                              // with a sliding window: anything
     uint32_t         window;  // last tokens, which always stay, and whose queries score if any do (tova: the last one's)
     uint32_t         sinks;   // first tokens that always stay
     uint32_t         pool;    // width of the pooling of scores over positions, odd; 1 for none
@@ -83,6 +88,10 @@ struct ziggurat_kv_layout {
 
 // Why a model cannot have a budget, or NULL if it can. The text is static.
 ZIGGURAT_API const char * ziggurat_kv_unsupported(const struct llama_model * model);
+
+// The sliding window of each layer in tokens, 0 for a layer that sees everything; writes at most n, returns the number of
+// layers.
+ZIGGURAT_API int32_t ziggurat_kv_windows(const struct llama_model * model, uint32_t * windows, size_t n);
 
 // Whether this context has a budget.
 ZIGGURAT_API bool ziggurat_kv_active(const struct llama_context * ctx);

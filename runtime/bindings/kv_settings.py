@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ziggurat.runtime.budget import POOL_TYPE, SINKS, WINDOW, pool_of
@@ -27,10 +28,11 @@ class KVSettings:
     """A context's KV budget.
 
     ``rows`` are those per KV head that each of the model's layers keeps after a prompt, the ``window`` last tokens and
-    the ``sinks`` first ones included; more than the context has mean all. What the others are chosen by is ``score``,
+    the ``sinks`` first ones included; more than the context has mean all. 0 is for layers with a sliding window: they
+    have no budget, and what the library keeps for them without one. What the other rows are chosen by is ``score``,
     see ``ziggurat-kv.h``: the attention of the window's queries (snapkv), of the last one (tova) or of all so far (h2o),
-    how little a key is like the others (keydiff), the latest rows (recent), chance (random). Scores are pooled over ``pool`` positions (odd;
-    None: 13 for snapkv, 1 for the others) by ``pool_type``. ``slack`` is how many rows a
+    how little a key is like the others (keydiff), the latest rows (recent), chance (random). Scores are pooled over
+    ``pool`` positions (odd; None: 13 for snapkv, 1 for the others) by ``pool_type``. ``slack`` is how many rows a
     layer has beyond, at least, for generated tokens. ``prefill`` exact selects once, after the whole prompt, layer by
     layer where the model's graph can be cut and else beside a full cache for one prompt; bounded is the same but
     refuses the latter, which lane takes in any case; chunked selects after every ubatch, which loses what only the
@@ -70,16 +72,25 @@ class KVSettings:
                 f"the KV budget's n_copies is {self.n_copies}; it must be from 0 to n_reading ({self.n_reading})"
             )
         least = self.window + self.sinks
-        if not self.rows or not least <= min(self.rows) <= max(self.rows) <= _MAX:
+        if not self.bounded or not least <= min(self.bounded) <= max(self.bounded) <= _MAX:
             raise InvalidRequestError(
                 f"a KV budget needs at least {least} rows in every layer, for the window and the sinks; this one has"
-                f" {min(self.rows, default=0)} in one"
+                f" {min(self.bounded, default=0)} in one"
             )
 
     @property
     def observed(self) -> int:
         """Last tokens whose queries are kept to score by, 0 where it needs none."""
         return {"snapkv": self.window, "tova": 1, "h2o": SETTLED}.get(self.score, 0)
+
+    @property
+    def bounded(self) -> tuple[int, ...]:
+        """The rows of the layers that have a budget."""
+        return tuple(rows for rows in self.rows if rows)
+
+    def of_bounded(self, values: Sequence[int]) -> tuple[int, ...]:
+        """Return the values, one for each layer, of the layers that have a budget."""
+        return tuple(value for value, rows in zip(values, self.rows, strict=True) if rows)
 
     @property
     def copies(self) -> int:

@@ -189,7 +189,7 @@ class Scheduler:
         kv = self.serving.context.settings.kv
         if kv is None or not self.serving.context.kv_active or n_tokens - reused < LEAST_FORK:
             return False
-        return len(self.slots.all) > self._turns.parallel and n_tokens <= min(kv.rows)
+        return len(self.slots.all) > self._turns.parallel and n_tokens <= min(kv.bounded)
 
     def _end(self, generation: Generation, error: Exception | None = None) -> None:
         """Take a request off its sequence, which keeps what it holds unless something went wrong."""

@@ -157,6 +157,7 @@ class BudgetContext:
         p.n_batch = batch or p.n_ctx
         p.n_ubatch = ubatch or p.n_batch
         p.n_seq_max, p.kv_unified = n_seq, False
+        p.swa_full = False  # without a budget layers with a sliding window bound their rows as well
         p.n_threads = p.n_threads_batch = threads
         p.type_k, p.type_v = (TYPES[name] for name in types)
         enabled, disabled = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -81,4 +81,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[KVSettings]:
     monkeypatch.setattr(kv, "Cache", WholeCache)
     monkeypatch.setattr(kv, "require", lambda: None)
     monkeypatch.setattr(kv, "unsupported", lambda _model: None)
+    monkeypatch.setattr(kv, "windows", lambda model: (0,) * model.n_layer)
     return made

@@ -95,6 +95,17 @@ def test_rows_of_a_part_of_the_prompt() -> None:
     assert policy(budget="100%").rows(2, 8192, 700) == (700, 700)
 
 
+def test_schedules_count_the_layers_that_see_everything() -> None:
+    for amount in ("512", "12%"):
+        chosen = policy(budget=amount)
+        first, second, third = chosen.rows(3, 8192)
+        assert chosen.rows((1024, 0, 1024, 0, 0), 8192) == (0, first, 0, second, third)
+        assert chosen.most_rows((0, 1024, 0), 8192)[::2] == chosen.most_rows(2, 8192)
+    settings = chosen.settings((0, 100, 0, 50, 60))
+    assert settings.bounded == (100, 50, 60)
+    assert settings.of_bounded((1, 2, 3, 4, 5)) == (2, 4, 5)
+
+
 def test_a_budget_of_the_context_or_more_keeps_all_that_is_allocated() -> None:
     assert policy(budget="4096").rows(2, 1000) == (1024, 1024)
     assert policy(budget="40", window=36).rows(2, 1) == (40, 40)

@@ -43,9 +43,13 @@ FAULTS = st.none() | st.tuples(st.sampled_from(["fail", "abort"]), st.integers(0
 
 @dataclass
 class Expected:
-    """One sequence: its tokens seen, and for each layer its rows and how many of them the last selection left."""
+    """One sequence: its tokens seen, and for each layer its rows and how many of them the last selection left.
+
+    A layer that slides has the rows of a ring, ``capacity``, that no later ones have taken the place of.
+    """
 
     reference: ReferenceSequence
+    capacity: tuple[int, ...]
     used: list[int] = field(default_factory=lambda: [0] * 3)
     fixed: list[int] = field(default_factory=lambda: [0] * 3)
     rows: tuple[int, ...] = BUDGET.rows
@@ -53,14 +57,33 @@ class Expected:
     @property
     def tail(self) -> int:
         """How many of the last tokens can be rolled back."""
-        return min(used - fixed for used, fixed in zip(self.used, self.fixed, strict=True))
+        return min(map(self._tail, range(3)))
+
+    def _tail(self, layer: int) -> int:
+        window, used = self.windows[layer], self.used[layer]
+        if window and used < self.reference.n:
+            return used - (window - 1)  # what is left has a whole window before it
+        return used - self.fixed[layer]
+
+    @property
+    def windows(self) -> list[int]:
+        return self.reference.w.windows
+
+    @property
+    def bounded(self) -> list[int]:
+        """The layers that have a budget."""
+        return [layer for layer in range(3) if not self.windows[layer]]
+
+    @property
+    def most(self) -> int:
+        return max(self.used[layer] for layer in self.bounded)
 
     def overflows(self, n: int) -> bool:
-        return any(used + n > rows for used, rows in zip(self.used, self.rows, strict=True))
+        return any(self.used[layer] + n > self.rows[layer] for layer in self.bounded)
 
     def select(self) -> int:
         """Bring all layers down to their budgets; return how many were above."""
-        above = [layer for layer in range(3) if self.used[layer] > self.rows[layer]]
+        above = [layer for layer in self.bounded if self.used[layer] > self.rows[layer]]
         for layer in above:
             self.used[layer] = self.fixed[layer] = self.rows[layer]
         return len(above)
@@ -74,7 +97,14 @@ class Expected:
         return self.reference.n == 0
 
     def add(self, n: int) -> None:
-        self.used = [used + n for used in self.used]
+        self.used = [min(used + n, most) for used, most in zip(self.used, self.capacity, strict=True)]
+
+    def failed(self, rows: tuple[int, ...], n: int) -> None:
+        """A step that failed may have written over rows of a ring, but for a window."""
+        for layer in set(range(3)) - set(self.bounded):
+            whole = rows[layer] == self.reference.n or rows[layer] >= self.windows[layer] - 1
+            assert whole and self.used[layer] - n <= rows[layer] <= self.used[layer]
+            self.used[layer] = rows[layer]
 
 
 @dataclass
@@ -127,7 +157,7 @@ class Schedule(RuleBasedStateMachine):
             self.nodes_left = -1
 
     def _empty(self, rows: tuple[int, ...] = BUDGET.rows) -> Expected:
-        return Expected(ReferenceSequence(self.weights, self.budget), rows=rows)
+        return Expected(ReferenceSequence(self.weights, self.budget), self.capacity, rows=rows)
 
     def teardown(self) -> None:
         if hasattr(self, "context"):
@@ -139,7 +169,7 @@ class Schedule(RuleBasedStateMachine):
         return tokens(n, self.count)
 
     def _room(self, sequence: Expected) -> int:
-        return min(most - used for used, most in zip(sequence.used, self.capacity, strict=True))
+        return min(self.capacity[layer] - sequence.used[layer] for layer in sequence.bounded)
 
     def _is_step(self, sequence: Expected, n: int) -> bool:
         return n == 1 or (n <= self.step_tokens and not sequence.empty)
@@ -171,7 +201,7 @@ class Schedule(RuleBasedStateMachine):
         return {index for _, index in rooms[:count]}
 
     def _refused(self, sequence: Expected, n: int) -> bool:
-        return not self._is_step(sequence, n) and sequence.overflows(n) and max(sequence.used) + n > N_CTX
+        return not self._is_step(sequence, n) and sequence.overflows(n) and sequence.most + n > N_CTX
 
     def _follow(self, index: int, new: int) -> None:
         """The reference keeps what the context kept, if it may; the last `new` rows came after the selection."""
@@ -219,6 +249,7 @@ class Schedule(RuleBasedStateMachine):
                 )
             else:
                 assert logits is None
+                sequence.failed(self.context.rows(part.sequence), len(part.tokens))
                 if part.sequence in due and self.context.rows(part.sequence) != tuple(sequence.used):
                     sequence.select()  # which came before what failed
                     self._follow(part.sequence, 0)
@@ -246,7 +277,7 @@ class Schedule(RuleBasedStateMachine):
     def begin(self, index: int, n: int) -> None:
         """Make ready to read a prompt in steps."""
         sequence, text = self.sequences[index], self._tokens(n)
-        no_place = sequence.overflows(n) and max(sequence.used) + n > N_CTX
+        no_place = sequence.overflows(n) and sequence.most + n > N_CTX
         if index in self.readings or len(self.readings) == N_READING or no_place:
             with pytest.raises(Refused):
                 self.context.begin(text, index)
@@ -428,12 +459,16 @@ class Schedule(RuleBasedStateMachine):
     def agrees(self) -> None:
         for index, sequence in enumerate(getattr(self, "sequences", [])):
             assert self.context.last(index) == sequence.reference.n - 1
-            assert self.context.rows(index) == tuple(sequence.used) == sequence.reference.rows()
+            assert self.context.rows(index) == tuple(sequence.used)
             assert self.context.removable_from(index) == sequence.reference.n - (
                 0 if index in self.readings else sequence.tail
             )
-            for layer, cache in zip(self.context.kept(index), sequence.reference.layers, strict=True):
-                assert np.array_equal(layer.ravel(), cache.positions.ravel())
+            for layer, (kept, cache) in enumerate(
+                zip(self.context.kept(index), sequence.reference.layers, strict=True)
+            ):
+                first = cache.positions.shape[1] - sequence.used[layer]
+                assert first == 0 or sequence.windows[layer]
+                assert np.array_equal(kept.ravel(), cache.positions[:, first:].ravel())
 
 
 @pytest.mark.parametrize(
@@ -446,10 +481,13 @@ class Schedule(RuleBasedStateMachine):
         ("uneven", 16, "lane", "h2o"),
         ("gqa", 16, "exact", "tova"),
         ("gqa", 16, "exact", "keydiff"),
+        ("sliding", 16, "exact", "snapkv"),
+        ("sliding_short", 256, "lane", "snapkv"),
+        ("sliding", 16, "exact", "h2o"),
     ],
 )
 def test_random_schedules(shape: str, ubatch: int, prefill: str, score: str, kv_files: Models) -> None:
-    """Read layer by layer, and in the lane."""
+    """Read layer by layer, and in the lane; without and with a layer that slides."""
     path = kv_files[shape]
 
     class OfThisModel(Schedule):
