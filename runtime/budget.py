@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
-from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError
+from ziggurat.runtime.errors import InvalidRequestError
 
 #: Last tokens whose queries observe, and first tokens that always stay.
 WINDOW, SINKS = 32, 4
-#: Pooling of the score snapkv. Wider than the papers' 5 (average) or 7 (maximum): an answer of several tokens stands
-#: beside what the question attends to, see ``tests/benchmarks/kv_retrieval.py``.
+#: Pooling of the score snapkv; the others are not pooled unless asked. Wider than the papers' 5 (average) or 7 (maximum):
+#: an answer of several tokens stands beside what the question attends to, see ``tests/benchmarks/kv_retrieval.py``.
 POOL, POOL_TYPE = 13, "max"
 #: What the pyramid's base is divided by to give its top.
 BETA = 20
@@ -26,12 +26,11 @@ BETA = 20
 
 @dataclass(frozen=True)
 class Method:
-    """A published method. ``ready`` is False for one whose name is taken but which is not there yet."""
+    """A published method."""
 
     name: str
     paper: str
     link: str
-    ready: bool = True
 
 
 class Schedule(Protocol):
@@ -108,9 +107,9 @@ SCORES = {
         Method("snapkv", "SnapKV (Li et al. 2024)", "https://arxiv.org/abs/2404.14469"),
         Method("recent", "StreamingLLM (Xiao et al. 2023)", "https://arxiv.org/abs/2309.17453"),
         Method("random", "rows drawn at random: the control", ""),
-        Method("h2o", *_H2O, ready=False),
-        Method("tova", *_TOVA, ready=False),
-        Method("keydiff", *_KEYDIFF, ready=False),
+        Method("h2o", *_H2O),
+        Method("tova", *_TOVA),
+        Method("keydiff", *_KEYDIFF),
     )
 }
 
@@ -145,13 +144,15 @@ def schedule_named(name: str) -> Schedule:
     return SCHEDULES[name]
 
 
+def pool_of(score: str) -> int:
+    """Return over how many positions a score is pooled unless asked otherwise."""
+    return POOL if score == "snapkv" else 1
+
+
 def check_score(name: str) -> None:
-    """Raise InvalidRequestError for a score that there is not, UnsupportedError for one that is not there yet."""
-    ready = ", ".join(method.name for method in SCORES.values() if method.ready)
+    """Raise InvalidRequestError for a score that there is not."""
     if name not in SCORES:
-        raise InvalidRequestError(f"there is no score {name!r}; take one of {ready}")
-    if not SCORES[name].ready:
-        raise UnsupportedError(f"the score {name} ({SCORES[name].paper}) is not there yet; take one of {ready}")
+        raise InvalidRequestError(f"there is no score {name!r}; take one of {', '.join(SCORES)}")
 
 
 def allocate(

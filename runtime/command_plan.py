@@ -161,15 +161,18 @@ def _budget_remarks(planned: dict[str, Any], budget: dict[str, Any]) -> list[str
 
     rows, asked = budget["rows_per_layer"], planned["kv_budget_asked"]
     sizes = {name: human_bytes(size) for name, size in budget.items() if name.endswith("_bytes")}
-    each = f"{rows[0]:,}" if rows[0] == rows[-1] else f"{rows[0]:,} to {rows[-1]:,}"
+    bounded = [count for count in rows if count]
+    each = f"{bounded[0]:,}" if bounded[0] == bounded[-1] else f"{bounded[0]:,} to {bounded[-1]:,}"
+    among = f" in the {len(bounded)} layers without a sliding window" if len(bounded) < len(rows) else ""
     stage = "stage of one layer" if budget["layer_major"] else "lane, a full cache"
     count = budget["prompts_at_a_time"]
     prompts = "a prompt is" if count == 1 else f"{count} prompts are"
+    sums = f", sums of attention {sizes['sum_bytes']}" if budget["sum_bytes"] else ""
     return [
-        f"KV budget {asked}: {each} rows per layer and head, {sum(rows) / len(rows):,.0f} on average;"
+        f"KV budget {asked}: {each} rows per layer and head{among}, {sum(bounded) / len(bounded):,.0f} on average;"
         f" to keep every row would take {human_bytes(budget['kv_bytes_full'])}.",
         f"KV rows: {sizes['rows_bytes']} (room for generated tokens included), positions {sizes['position_bytes']},"
-        f" queries {sizes['query_bytes']}; while {prompts} read: {stage} {sizes['stage_bytes']},"
+        f" queries {sizes['query_bytes']}{sums}; while {prompts} read: {stage} {sizes['stage_bytes']},"
         f" a copy of the sequence's rows {sizes['copy_bytes']},"
         f" hidden states {sizes['hidden_bytes']}.",
     ]

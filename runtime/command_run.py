@@ -171,7 +171,8 @@ def _kv_summary(stats: GenerationStats) -> str:
     if stats.kv_bytes_peak == stats.kv_bytes_full:  # without a budget all is allocated at once
         return size
     rows = stats.kv_rows_per_layer
-    each = f"{rows[0]}" if rows[0] == rows[-1] else f"{rows[0]} to {rows[-1]}"
+    most, least = max(rows), min(rows)
+    each = f"{most}" if most == least else f"{most} to {least}"
     return (
         f"{size} of {stats.kv_bytes_full / 2**20:.1f}, {stats.kv_bytes_peak / 2**20:.1f} while the prompt was read"
         f" | {each} rows a layer, {stats.evicted_rows} evicted"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from ziggurat.runtime.budget import (
     allocate,
     check_score,
     parse_budget,
+    pool_of,
     schedule_named,
 )
 from ziggurat.runtime.errors import InvalidRequestError
@@ -24,6 +25,8 @@ from ziggurat.runtime.errors import InvalidRequestError
 DEFAULT_PRESET, NO_BUDGET = "pyramid", "none"
 #: Prompts that are read at a time, unless asked otherwise.
 LANES = 2
+#: The layers of a model: the sliding window of each, 0 for those that see everything; or how many there are of these.
+Layers = int | Sequence[int]
 _LENGTHS = 256  # of prompts that ``most_rows`` looks at
 _LIBRARY_ROWS = 256  # rows of a context are allocated in such steps
 
@@ -42,7 +45,7 @@ class KVPolicy:
     score: str = KVSettings.score
     window: int = KVSettings.window
     sinks: int = KVSettings.sinks
-    pool: int = KVSettings.pool
+    pool: int | None = None
     pool_type: str = KVSettings.pool_type
     slack: int = KVSettings.slack
     prefill: str = KVSettings.prefill
@@ -52,7 +55,9 @@ class KVPolicy:
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        if self.pool % 2 == 0:
+        if self.pool is None:
+            object.__setattr__(self, "pool", pool_of(self.score))
+        if not self.pool or self.pool % 2 == 0:
             raise InvalidRequestError(f"--kv-pool {self.pool}: it has to be odd, so that it has a middle")
         least = self.window + self.sinks
         if self.budget.rows is not None and self.budget.rows < least:
@@ -66,15 +71,20 @@ class KVPolicy:
         """Whether prompts of different lengths get different rows."""
         return self.budget.percent is not None or not isinstance(self.schedule, Uniform)
 
-    def rows(self, layers: int, n_ctx: int, prompt_tokens: int | None = None) -> tuple[int, ...]:
-        """Return the rows that each layer keeps of a prompt, by default the longest that the context takes."""
+    def rows(self, layers: Layers, n_ctx: int, prompt_tokens: int | None = None) -> tuple[int, ...]:
+        """Return the rows that each layer keeps of a prompt, by default the longest that the context takes.
+
+        Only layers that see everything have a budget, and are what a schedule counts; the others' rows are 0.
+        """
+        windows = (0,) * layers if isinstance(layers, int) else layers
+        n_bounded = sum(not window for window in windows)
         context = max(-(-n_ctx // _LIBRARY_ROWS) * _LIBRARY_ROWS, self.window + self.sinks)
         tokens = min(prompt_tokens or n_ctx, n_ctx)
-        total = max(self.budget.total(layers, tokens), layers * (self.window + self.sinks))
-        return tuple(
+        total = max(self.budget.total(n_bounded, tokens), n_bounded * (self.window + self.sinks))
+        bounded = iter(
             allocate(
                 total,
-                layers,
+                n_bounded,
                 schedule=self.schedule,
                 window=self.window,
                 sinks=self.sinks,
@@ -82,8 +92,9 @@ class KVPolicy:
                 context=context,
             )
         )
+        return tuple(0 if window else next(bounded) for window in windows)
 
-    def most_rows(self, layers: int, n_ctx: int) -> tuple[int, ...]:
+    def most_rows(self, layers: Layers, n_ctx: int) -> tuple[int, ...]:
         """Return the most rows that each layer keeps of a prompt of any length up to the context.
 
         A falling schedule is flatter for shorter prompts: a layer above keeps more of those. (Looked at for lengths
@@ -132,8 +143,7 @@ def not_used(reason: str) -> str:
 def policy_of(options: Mapping[str, Any]) -> KVPolicy | None:
     """Return what the ``--kv-*`` options ask for, None for a cache that keeps every row.
 
-    ``options`` are values by parameter name, None where not given. Raises InvalidRequestError for contradictions and
-    UnsupportedError for methods that are not there yet.
+    ``options`` are values by parameter name, None where not given. Raises InvalidRequestError for contradictions.
     """
     given = {name: options[name] for name in _OPTIONS if options.get(name) is not None}
     amount, preset = given.pop("kv_budget", None), given.pop("kv_policy", None)

@@ -76,14 +76,15 @@ kv_options = option_group(
         "--kv-window",
         type=click.IntRange(1),
         metavar="N",
-        help="Last tokens that observe and always stay; default: 32.",
+        help="Last tokens that always stay, and that snapkv scores by; default: 32.",
     ),
     click.option("--kv-sinks", type=click.IntRange(0), metavar="N", help="First tokens that always stay; default: 4."),
     click.option(
         "--kv-pool",
         type=click.IntRange(1, 255),
         metavar="N",
-        help="Positions over which scores are pooled, odd: what stands beside an observed row stays too; default: 13.",
+        help="Positions over which scores are pooled, odd: what stands beside a row with a high score stays too;"
+        " default: 13 for snapkv, 1 (none) for the other scores.",
     ),
     click.option("--kv-pool-type", type=click.Choice(["avg", "max"]), help="How they are pooled; default: max."),
     click.option(

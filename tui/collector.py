@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 
-
 #: How many collections of the middle generation there are before a full one; Python's own is 10.
 _FULL_AFTER = 100
 

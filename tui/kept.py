@@ -12,7 +12,10 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """One layer: its budget after a prompt (rows per head, None when every row is kept), and the runs of each head."""
+    """One layer: its budget after a prompt, and the runs of each head.
+
+    The budget is in rows per head; None when every row is kept, 0 for a layer with a sliding window, which has none.
+    """
 
     layer: int
     budget: int | None

@@ -105,8 +105,8 @@ def _plan_of(file: GGUFFile, setup: ModelSetup, parallel: int, *, gpu_layers: in
     ).with_lanes()
     n_ctx = settings.ctx_of(model.n_ctx_train)
     context = settings.context(n_ctx)
-    if settings.kv is not None and model.kv is not None:
-        context = replace(context, kv=settings.kv.settings(settings.kv.most_rows(model.kv.n_layer, n_ctx)))
+    if settings.kv is not None and model.kv is not None and model.kv.full_layers:
+        context = replace(context, kv=settings.kv.settings(settings.kv.most_rows(model.kv.window, n_ctx)))
     return plan_memory(model, context, gpu_layers=gpu_layers)
 
 

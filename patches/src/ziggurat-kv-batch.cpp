@@ -3,6 +3,7 @@
 #include "ziggurat-kv-context.h"
 
 #include "ziggurat-kv-fault.h"
+#include "ziggurat-kv-slide.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -61,7 +62,7 @@ bool ziggurat_kv_cache::check_positions(
 bool ziggurat_kv_cache::fits_budget(uint32_t index, uint32_t n_tokens) const {
     const auto & seq = seqs[index];
     for (uint32_t il = 0; il < layers.size(); ++il) {
-        if (seq.used[il] + n_tokens > seq.budget[il]) {
+        if (!layers[il].slides && seq.used[il] + n_tokens > seq.budget[il]) {
             return false;
         }
     }
@@ -72,8 +73,10 @@ bool ziggurat_kv_cache::has_place(llama_seq_id seq_id, uint32_t n_tokens) {
     if (fits_budget(seq_id, n_tokens) || (evicts && params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED)) {
         return true;
     }
-    const auto &   used     = seqs[seq_id].used;
-    const uint32_t max_used = *std::max_element(used.begin(), used.end());
+    uint32_t max_used = 0;
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        max_used = std::max(max_used, layers[il].slides ? 0 : seqs[seq_id].used[il]);
+    }
     if (evicts && max_used + n_tokens <= stage_rows) {
         return true;
     }
@@ -106,7 +109,8 @@ ziggurat_kv_cache::need ziggurat_kv_cache::classify(llama_seq_id seq_id, uint32_
         return need::in_place; // there is room, or is made: see due_selections
     }
     // rows are written beside those that are there, but only so many queries are
-    const bool can_undo = !evicts || !uses_queries() || seqs[seq_id].next == 0 || n_tokens <= ZIGGURAT_KV_RING_SPARE;
+    const bool can_undo = ziggurat_kv_rings_outlive(*this, seqs[seq_id], n_tokens) &&
+            (!evicts || !uses_queries() || (seqs[seq_id].next == 0 && !sums_up()) || n_tokens <= ZIGGURAT_KV_RING_SPARE);
     if (fits_budget(seq_id, n_tokens) && can_undo) {
         return need::in_place;
     }
@@ -117,7 +121,7 @@ int32_t ziggurat_kv_cache::set_step(llama_context & ctx, uint32_t n) {
     refusal.clear();
     uint32_t most = ZIGGURAT_KV_RING_SPARE;
     for (const auto & layer : layers) {
-        most = evicts ? std::min(most, layer.capacity - layer.budget) : most;
+        most = evicts && !layer.slides ? std::min(most, layer.capacity - layer.budget) : most;
     }
     if (n < 1 || n > most) {
         refusal = format("a step of %u tokens; in this context it has 1 to %u", n, most);
@@ -157,12 +161,14 @@ std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(
         uint32_t room  = std::numeric_limits<uint32_t>::max();
         bool     above = false;
         for (uint32_t il = 0; il < layers.size(); ++il) {
+            if (layers[il].slides) {
+                continue;
+            }
             room   = std::min(room, layers[il].capacity - seqs[s].used[il]);
             above |= seqs[s].used[il] > seqs[s].budget[il];
         }
         // not early if a removal took all queries to select by, which leaves room for more than a step
-        const bool blind = uses_queries() && seqs[s].queries_from >= seqs[s].next;
-        if (above && (!blind || room < n_tokens)) {
+        if (above && (!is_blind(seqs[s]) || room < n_tokens)) {
             rooms.push_back({ room/n_tokens, s });
         }
     }
@@ -187,6 +193,7 @@ std::vector<llama_seq_id> ziggurat_kv_cache::due_selections(
 llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool) {
     refusal.clear();
     to_select.clear();
+    to_settle.clear();
     balloc.split_reset();
 
     const auto failed = [](llama_memory_status status) { return std::make_unique<ziggurat_kv_context>(status); };
@@ -217,7 +224,14 @@ llama_memory_context_ptr ziggurat_kv_cache::init_batch(llama_batch_allocr & ball
     if (evicts && before == selection::none) {
         to_select = due_selections(stepping);
     }
-    if (!to_select.empty()) {
+    for (const auto s : order) {
+        const bool full = seqs[s].next - seqs[s].queries_from + (llama_pos) n_tokens[s] > (llama_pos) n_ring;
+        const bool due  = std::find(to_select.begin(), to_select.end(), s) != to_select.end(); // which does it as well
+        if (sums_up() && full && !due && needs[s] == need::in_place && before == selection::none) {
+            to_settle.push_back(s);
+        }
+    }
+    if (!to_select.empty() || !to_settle.empty()) {
         // llama_context lets the memory update itself, see init_update, and tries again
         return failed(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }

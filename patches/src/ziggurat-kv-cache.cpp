@@ -2,6 +2,8 @@
 
 #include "ziggurat-kv-context.h"
 #include "ziggurat-kv-cut.h"
+#include "ziggurat-kv-slide.h"
+#include "ziggurat-kv-sums.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -9,6 +11,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <set>
 #include <stdexcept>
 
 static constexpr uint32_t ROW_PADDING = ZIGGURAT_KV_ROW_PADDING;
@@ -36,12 +39,12 @@ static void check_params(const ziggurat_kv_params & params, const llama_hparams 
         fail(format("a slack of %u rows; it has 1 to %u", params.slack, 1u << 20));
     }
     if (params.pool_type < ZIGGURAT_KV_POOL_AVG || params.pool_type > ZIGGURAT_KV_POOL_MAX ||
-        params.score < ZIGGURAT_KV_SCORE_SNAPKV || params.score > ZIGGURAT_KV_SCORE_RANDOM ||
+        params.score < ZIGGURAT_KV_SCORE_SNAPKV || params.score > ZIGGURAT_KV_SCORE_H2O ||
         params.prefill < ZIGGURAT_KV_PREFILL_EXACT || params.prefill > ZIGGURAT_KV_PREFILL_LANE) {
         fail("an unknown pooling, score or prefill");
     }
     for (uint32_t il = 0; il < params.n_layer; ++il) {
-        if (params.rows[il] < (uint64_t) params.window + params.sinks) {
+        if (!hparams.is_swa(il) && params.rows[il] < (uint64_t) params.window + params.sinks) {
             fail(format("%u rows in layer %u are less than window and sinks (%u + %u)",
                         params.rows[il], il, params.window, params.sinks));
         }
@@ -59,7 +62,7 @@ ziggurat_kv_cache::ziggurat_kv_cache(
     model(model), hparams(model.hparams), params(asked),
     n_seq(cparams.n_seq_max), n_reading(std::min(asked.n_reading, n_seq)), n_copies(std::min(asked.n_copies, n_reading)),
     n_ctx(GGML_PAD(cparams.n_ctx_seq, ROW_PADDING)), n_ubatch(cparams.n_ubatch),
-    n_ring(asked.window + ZIGGURAT_KV_RING_SPARE),
+    n_ring(observed(asked) + ZIGGURAT_KV_RING_SPARE),
     cparams(cparams), type_k(memory_params.type_k), type_v(memory_params.type_v), offload(cparams.offload_kqv) {
     check_params(params, hparams, cparams);
 
@@ -74,10 +77,10 @@ ziggurat_kv_cache::ziggurat_kv_cache(
     }
 
     if (ggml_is_quantized(type_k) || ggml_is_quantized(type_v)) {
-        rotation = std::make_unique<llama_kv_cache>(
-                model, hparams, type_k, type_v, /*v_trans =*/ false, offload, /*unified =*/ true,
-                /*kv_size =*/ 1, /*n_seq_max =*/ 1, /*n_pad =*/ 1, 0, LLAMA_SWA_TYPE_NONE, nullptr,
-                [&](int32_t il) { return il < (int32_t) hparams.n_layer(); }, nullptr, nullptr, "rotation_");
+        rotation = make_rotation(false);
+        if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+            rotation_swa = make_rotation(true);
+        }
     }
 
     if (evicts) {
@@ -90,47 +93,73 @@ ziggurat_kv_cache::ziggurat_kv_cache(
     }
 
     const auto size = layout();
-    LLAMA_LOG_INFO("%s: rows %.2f MiB, positions %.2f MiB, queries %.2f MiB, copies %.2f MiB, stage %.2f MiB (%u rows, %s), hidden %.2f MiB\n",
-            __func__, size.rows_bytes/1048576.0, size.position_bytes/1048576.0, size.query_bytes/1048576.0,
+    LLAMA_LOG_INFO("%s: rows %.2f MiB, positions %.2f MiB, queries and sums %.2f MiB, copies %.2f MiB, stage %.2f MiB (%u rows, %s), hidden %.2f MiB\n",
+            __func__, size.rows_bytes/1048576.0, size.position_bytes/1048576.0, (size.query_bytes + size.sum_bytes)/1048576.0,
             size.copy_bytes/1048576.0, size.stage_bytes/1048576.0, stage_rows, layer_major ? "layer by layer" : "lane", size.hidden_bytes/1048576.0);
+}
+
+std::unique_ptr<llama_kv_cache> ziggurat_kv_cache::make_rotation(bool slides) const {
+    return std::make_unique<llama_kv_cache>(
+            model, hparams, type_k, type_v, /*v_trans =*/ false, offload, /*unified =*/ true,
+            /*kv_size =*/ 1, /*n_seq_max =*/ 1, /*n_pad =*/ 1, 0, LLAMA_SWA_TYPE_NONE, nullptr,
+            [&](int32_t il) { return il < (int32_t) hparams.n_layer() && hparams.is_swa(il) == slides; },
+            nullptr, nullptr, slides ? "rotation_swa_" : "rotation_");
 }
 
 void ziggurat_kv_cache::make_rows() {
     const uint32_t n_layer = hparams.n_layer();
 
-    // rows beyond the context would never be used
-    evicts = std::any_of(rows.begin(), rows.end(), [&](uint32_t n) { return n < n_ctx; });
-
-    // where nothing is evicted a prompt is written beside what is there
-    const uint32_t n_planes = n_seq + (evicts ? n_copies : 0);
-
     layers.resize(n_layer);
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        layers[il].slides = hparams.is_swa(il);
+        // rows beyond the context would never be used
+        evicts |= !layers[il].slides && rows[il] < n_ctx;
+    }
+    for (auto & layer : layers) {
+        if (layer.slides) {
+            layer.budget = layer.capacity = ziggurat_kv_ring_rows(hparams, n_ctx, n_ubatch, evicts);
+        }
+    }
+    overwrites = evicts || ziggurat_kv_rings_wrap(*this);
+
+    // where nothing is lost a prompt is written beside what is there
+    const uint32_t n_planes = n_seq + (overwrites ? n_copies : 0);
+
     for (uint32_t il = 0; il < n_layer; ++il) {
         auto & layer = layers[il];
         layer.n_head    = hparams.n_head(il);
         layer.n_head_kv = hparams.n_head_kv(il);
-        layer.budget    = std::min(rows[il], n_ctx);
-        layer.capacity  = evicts ? GGML_PAD(layer.budget + params.slack, ROW_PADDING) : n_ctx;
+        if (!layer.slides) {
+            layer.budget   = std::min(rows[il], n_ctx);
+            layer.capacity = evicts ? GGML_PAD(layer.budget + params.slack, ROW_PADDING) : n_ctx;
+        }
         layer.buft      = offload ? ggml_backend_dev_buffer_type(model.dev_layer(il)) : ggml_backend_cpu_buffer_type();
 
-        ggml_context * ctx = rows_arena.context(layer.buft, 5*n_layer);
+        ggml_context * ctx = rows_arena.context(layer.buft, 7*n_layer);
 
         layer.k = ggml_new_tensor_3d(ctx, type_k, hparams.n_embd_k_gqa(il), layer.capacity, n_planes);
         layer.v = ggml_new_tensor_3d(ctx, type_v, hparams.n_embd_v_gqa(il), layer.capacity, n_planes);
         ggml_format_name(layer.k, "cache_k_l%u", il);
         ggml_format_name(layer.v, "cache_v_l%u", il);
 
-        if (evicts) {
-            layer.positions = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.budget, layer.n_head_kv, n_planes);
-            layer.chosen    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.budget, layer.n_head_kv);
-            ggml_format_name(layer.positions, "cache_positions_l%u", il);
-            ggml_format_name(layer.chosen,    "cache_chosen_l%u", il);
+        if (!evicts || layer.slides) {
+            continue;
         }
-        if (evicts && uses_queries()) {
+        layer.positions = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.budget, layer.n_head_kv, n_planes);
+        layer.chosen    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.budget, layer.n_head_kv);
+        ggml_format_name(layer.positions, "cache_positions_l%u", il);
+        ggml_format_name(layer.chosen,    "cache_chosen_l%u", il);
+        if (uses_queries()) {
             // half precision is what the products with half precision keys round queries to
             const auto type = type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
             layer.queries = ggml_new_tensor_3d(ctx, type, hparams.n_embd_head_k(il)*layer.n_head, n_ring, n_planes);
             ggml_format_name(layer.queries, "cache_queries_l%u", il);
+        }
+        if (sums_up()) {
+            layer.sums      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, layer.capacity, layer.n_head_kv, n_planes);
+            layer.sums_next = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.capacity, layer.n_head_kv);
+            ggml_format_name(layer.sums,      "cache_sums_l%u", il);
+            ggml_format_name(layer.sums_next, "cache_sums_next_l%u", il);
         }
     }
     rows_arena.allocate(hparams.no_alloc);
@@ -178,7 +207,7 @@ bool ziggurat_kv_cache::can_cut() const {
 void ziggurat_kv_cache::make_stage(bool shared) {
     uint32_t max_capacity = 0;
     for (const auto & layer : layers) {
-        max_capacity = std::max(max_capacity, layer.capacity);
+        max_capacity = std::max(max_capacity, layer.slides ? 0 : layer.capacity);
     }
     const bool chunked = params.prefill == ZIGGURAT_KV_PREFILL_CHUNKED;
 
@@ -191,6 +220,9 @@ void ziggurat_kv_cache::make_stage(bool shared) {
     std::map<ggml_backend_buffer_type_t, pool> pools;
 
     for (const auto & layer : layers) {
+        if (layer.slides) {
+            continue; // read where its rows stay
+        }
         auto & p = pools[layer.buft];
         for (const bool value : { false, true }) {
             const size_t size = (value ? layer.v : layer.k)->nb[1]*stage_rows;
@@ -198,10 +230,13 @@ void ziggurat_kv_cache::make_stage(bool shared) {
         }
     }
     for (auto & [buft, p] : pools) {
-        p.bytes = ggml_new_tensor_1d(stage_arena.context(buft, 2*layers.size() + 2), GGML_TYPE_I8, (p.size[0] + p.size[1])*n_reading);
+        p.bytes = ggml_new_tensor_1d(stage_arena.context(buft, 3*layers.size() + 3), GGML_TYPE_I8, (p.size[0] + p.size[1])*n_reading);
         ggml_set_name(p.bytes, "kv_stage");
     }
     for (auto & layer : layers) {
+        if (layer.slides) {
+            continue;
+        }
         auto & p = pools[layer.buft];
         for (const bool value : { false, true }) {
             const ggml_tensor * like = value ? layer.v : layer.k;
@@ -226,15 +261,39 @@ void ziggurat_kv_cache::make_stage(bool shared) {
         hidden = ggml_new_tensor_3d(stage_arena.context(layers[0].buft, 0), GGML_TYPE_F32, hparams.n_embd, n_tokens, n_reading);
         ggml_set_name(hidden, "kv_hidden");
     }
+    if (sums_up()) {
+        make_stage_sums(shared);
+    }
     stage_arena.allocate(hparams.no_alloc);
+}
+
+// Per buffer type as well, those of the layer with the most heads, or of all.
+void ziggurat_kv_cache::make_stage_sums(bool shared) {
+    std::map<ggml_backend_buffer_type_t, int64_t> widest;
+    for (const auto & layer : layers) {
+        widest[layer.buft] = std::max<int64_t>(widest[layer.buft], layer.slides ? 0 : layer.n_head_kv);
+    }
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> made;
+    for (auto & layer : layers) {
+        if (layer.slides) {
+            continue;
+        }
+        ggml_context * ctx = stage_arena.context(layer.buft, 0);
+        ggml_tensor *& of  = made[layer.buft];
+        if (of == nullptr || !shared) {
+            of = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, stage_rows, shared ? widest[layer.buft] : layer.n_head_kv, n_reading);
+            ggml_set_name(of, "kv_stage_sums");
+        }
+        layer.stage_sums = ggml_view_3d(ctx, of, stage_rows, layer.n_head_kv, n_reading, of->nb[1], of->nb[2], 0);
+    }
 }
 
 uint32_t ziggurat_kv_cache::n_extra_nodes() const {
     uint32_t n = 0;
     for (const auto & layer : layers) {
-        n += 64 + 10*layer.n_head_kv;
+        n += 64 + 12*layer.n_head_kv;
     }
-    return n;
+    return n + (sums_up() ? (layer_major ? 1 : layers.size())*ziggurat_kv_paid_nodes(n_ubatch) : 0);
 }
 
 ziggurat_kv_layout ziggurat_kv_cache::layout() const {
@@ -251,9 +310,13 @@ ziggurat_kv_layout ziggurat_kv_cache::layout() const {
         add(layer.v, res.rows_bytes);
         add(layer.positions, res.position_bytes);
         add(layer.queries,   res.query_bytes);
-        res.position_bytes += layer.chosen ? ggml_nbytes(layer.chosen) : 0;
-        if (layer.stage_k) {
-            stages[layer.stage_k->view_src] = ggml_nbytes(layer.stage_k->view_src);
+        add(layer.sums,      res.sum_bytes);
+        res.position_bytes += layer.chosen    ? ggml_nbytes(layer.chosen)    : 0;
+        res.sum_bytes      += layer.sums_next ? ggml_nbytes(layer.sums_next) : 0;
+        for (const ggml_tensor * t : { layer.stage_k, layer.stage_sums }) {
+            if (t != nullptr) {
+                stages[t->view_src] = ggml_nbytes(t->view_src);
+            }
         }
     }
     for (const auto & it : stages) {
@@ -266,8 +329,14 @@ ziggurat_kv_layout ziggurat_kv_cache::layout() const {
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> ziggurat_kv_cache::memory_breakdown() const {
-    std::map<ggml_backend_buffer_type_t, size_t> sizes = rotation ? rotation->memory_breakdown()
-                                                                  : std::map<ggml_backend_buffer_type_t, size_t>();
+    std::map<ggml_backend_buffer_type_t, size_t> sizes;
+    for (const auto * cache : { rotation.get(), rotation_swa.get() }) {
+        if (cache != nullptr) {
+            for (const auto & [buft, size] : cache->memory_breakdown()) {
+                sizes[buft] += size;
+            }
+        }
+    }
     rows_arena .add_sizes(sizes);
     stage_arena.add_sizes(sizes);
     return sizes;
@@ -277,6 +346,15 @@ std::map<ggml_backend_buffer_type_t, size_t> ziggurat_kv_cache::memory_breakdown
 // sequences
 //
 
+uint32_t ziggurat_kv_cache::observed(const ziggurat_kv_params & params) {
+    switch (params.score) {
+        case ZIGGURAT_KV_SCORE_SNAPKV: return params.window;
+        case ZIGGURAT_KV_SCORE_TOVA:   return 1;
+        case ZIGGURAT_KV_SCORE_H2O:    return ZIGGURAT_KV_SETTLED;
+        default:                       return 0;
+    }
+}
+
 uint32_t ziggurat_kv_cache::padded_rows(const ziggurat_kv_layer & layer, uint32_t n) const {
     return std::min(layer.capacity, std::max<uint32_t>(ROW_PADDING, GGML_PAD(n, ROW_PADDING)));
 }
@@ -284,7 +362,7 @@ uint32_t ziggurat_kv_cache::padded_rows(const ziggurat_kv_layer & layer, uint32_
 std::pair<uint32_t, uint32_t> ziggurat_kv_cache::budget_range(uint32_t il) const {
     const uint32_t most = layers[il].budget;
     // a context that never evicts has nothing to select with
-    return { evicts ? std::min(most, params.window + params.sinks) : most, most };
+    return { evicts && !layers[il].slides ? std::min(most, params.window + params.sinks) : most, most };
 }
 
 void ziggurat_kv_cache::clear_seq(llama_seq_id seq_id) {
@@ -316,8 +394,9 @@ void ziggurat_kv_cache::clear(bool data) {
 }
 
 void ziggurat_kv_cache::append(uint32_t index, uint32_t n) {
-    for (auto & used : seqs[index].used) {
-        used += n;
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        auto & used = seqs[index].used[il];
+        used = layers[il].slides ? std::min(used + n, layers[il].capacity) : used + n;
     }
     advance(index, n);
 }
@@ -330,9 +409,14 @@ void ziggurat_kv_cache::advance(uint32_t index, uint32_t n) {
 
 void ziggurat_kv_cache::note_read(uint32_t index, uint32_t n) {
     auto & seq = seqs[index];
-    if (n > params.window) {
-        seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) params.window);
+    if (n > observed(params)) {
+        seq.queries_from = std::max(seq.queries_from, seq.next - (llama_pos) observed(params));
     }
+}
+
+void ziggurat_kv_cache::note_settled(uint32_t index, llama_pos until) {
+    auto & from = seqs[index].queries_from;
+    from = sums_up() ? std::max(from, until) : from;
 }
 
 void ziggurat_kv_cache::note_selection(uint32_t index, uint32_t il, uint32_t n_rows, uint32_t target) {
@@ -343,11 +427,23 @@ void ziggurat_kv_cache::note_selection(uint32_t index, uint32_t il, uint32_t n_r
     }
 }
 
-// Rows that came after the last selection of every layer: they can be removed.
-static uint32_t tail(const ziggurat_kv_sequence & seq) {
+void ziggurat_kv_cache::take_back(const ziggurat_kv_sequence & before, ziggurat_kv_sequence & now) const {
+    const uint32_t n = now.next - before.next;
+    std::vector<uint32_t> used = before.used;
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        if (layers[il].slides) {
+            used[il] = now.used[il] - std::min(now.used[il], n);
+        }
+    }
+    now = before;
+    now.used = std::move(used);
+}
+
+// Rows that came after the last selection of every layer, with a window before them in layers that slide.
+uint32_t ziggurat_kv_cache::tail(const ziggurat_kv_sequence & seq) const {
     uint32_t n = seq.next;
-    for (size_t il = 0; il < seq.used.size(); ++il) {
-        n = std::min(n, seq.used[il] - seq.fixed[il]);
+    for (uint32_t il = 0; il < layers.size(); ++il) {
+        n = std::min(n, layers[il].slides ? ziggurat_kv_ring_tail(*this, seq, il) : seq.used[il] - seq.fixed[il]);
     }
     return n;
 }
@@ -360,7 +456,8 @@ llama_pos ziggurat_kv_cache::removable_from(llama_seq_id seq_id) const {
 std::string ziggurat_kv_cache::cut(ziggurat_kv_sequence & seq, llama_seq_id seq_id, llama_pos p0) const {
     const uint32_t n = seq.next - p0;
     if (n > tail(seq)) {
-        return format("position %d of sequence %d lies before its last selection: rows of that time were evicted", p0, seq_id);
+        return format("position %d of sequence %d lies before its last selection, or too far back for the sliding windows:"
+                      " rows of that time are gone", p0, seq_id);
     }
     for (auto & used : seq.used) {
         used -= n;
@@ -477,7 +574,14 @@ std::vector<llama_memory_context_ptr> ziggurat_kv_cache::init_staged() {
         res.push_back(std::make_unique<ziggurat_kv_context>(this, &step));
         return res;
     }
-    for (const uint32_t il : { (size_t) 0, layers.size()/2, layers.size() - 1 }) {
+    std::set<uint32_t> which = { 0, (uint32_t) layers.size()/2, (uint32_t) layers.size() - 1 };
+    for (const bool slides : { false, true }) {
+        const auto first = std::find_if(layers.begin(), layers.end(), [&](const auto & layer) { return layer.slides == slides; });
+        if (first != layers.end()) {
+            which.insert(first - layers.begin());
+        }
+    }
+    for (const uint32_t il : which) {
         step.layer = il;
         res.push_back(std::make_unique<ziggurat_kv_context>(this, &step));
     }
@@ -486,10 +590,10 @@ std::vector<llama_memory_context_ptr> ziggurat_kv_cache::init_staged() {
 
 llama_memory_context_ptr ziggurat_kv_cache::init_update(llama_context * ctx, bool optimize) {
     lctx = ctx;
-    if (!optimize || to_select.empty()) {
+    if (!optimize || (to_select.empty() && to_settle.empty())) {
         return std::make_unique<ziggurat_kv_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
     }
-    return std::make_unique<ziggurat_kv_context>(this, lctx, std::move(to_select));
+    return std::make_unique<ziggurat_kv_context>(this, lctx, std::move(to_select), std::move(to_settle));
 }
 
 //

@@ -4,7 +4,7 @@
 // apart into steps (ziggurat-kv-context.h), ziggurat-kv-graph.h builds their graphs, which ziggurat-kv-cut.h cuts down to
 // a layer, and ziggurat-kv-select.h moves the rows that ziggurat-kv-score.h finds worth keeping. ziggurat-kv-prompt.cpp
 // reads a prompt into a copy of its sequence, which takes the sequence's place when all is done. ziggurat-kv-state.cpp
-// copies, saves and restores sequences.
+// copies, saves and restores sequences. ziggurat-kv-slide.h is about layers with a sliding window.
 
 #include "ziggurat-kv-arena.h"
 #include "ziggurat-kv-topology.h"
@@ -35,6 +35,7 @@ struct ziggurat_kv_layer {
     uint32_t n_head_kv = 0;
     uint32_t budget    = 0; // rows after a selection
     uint32_t capacity  = 0; // rows allocated for a sequence
+    bool     slides    = false; // it has a sliding window: its rows are a ring, and there is nothing to select
 
     ggml_backend_buffer_type_t buft = nullptr;
 
@@ -43,17 +44,23 @@ struct ziggurat_kv_layer {
     ggml_tensor * positions = nullptr; // F32 [budget, n_head_kv, n_planes]: of the rows that the last selection left
     ggml_tensor * chosen    = nullptr; // F32 [budget, n_head_kv]: the rows that a selection in place is about to keep
     ggml_tensor * queries   = nullptr; // [n_embd_head_k*n_head, n_ring, n_planes]: a ring of each sequence's last queries
+    ggml_tensor * sums      = nullptr; // F32 [capacity, n_head_kv, n_planes]: attention that rows have been paid
+    ggml_tensor * sums_next = nullptr; // F32 [capacity, n_head_kv]: what they are when a selection in place is done
     ggml_tensor * stage_k   = nullptr; // [n_embd_k_gqa, stage_rows, n_reading]: of prompts being read; layers may share it
     ggml_tensor * stage_v   = nullptr; // [n_embd_v_gqa, stage_rows, n_reading]
+    ggml_tensor * stage_sums = nullptr; // F32 [stage_rows, n_head_kv, n_reading]
 
-    float kq_scale = 0.0f; // as the model's graph uses it
+    float         kq_scale = 0.0f;    // as the model's graph uses them
+    ggml_tensor * sinks    = nullptr; // F32 [n_head]: logits that take part in the softmax and have no row
 };
 
 // What a sequence holds. Rows are in the order of their positions. In each layer the first `fixed` are those that the
-// last selection left; the others have consecutive positions that end at next - 1.
+// last selection left; the others have consecutive positions that end at next - 1. In a layer that slides all of them
+// are such: those that no later row has taken the place of.
 struct ziggurat_kv_sequence {
     llama_pos next         = 0;     // tokens seen
-    llama_pos queries_from = 0;     // the ring holds the queries of positions queries_from .. next - 1
+    llama_pos queries_from = 0;     // the ring holds the queries of positions queries_from .. next - 1; where attention is
+                                    // summed up, what came before is in the sums
 
     std::vector<uint32_t> used;   // [n_layer]
     std::vector<uint32_t> fixed;  // [n_layer]
@@ -132,6 +139,7 @@ public:
     const uint32_t n_ring;    // queries in a ring
 
     bool     evicts      = false; // whether anything can ever be evicted
+    bool     overwrites  = false; // whether reading a prompt can destroy rows that its sequence has
     bool     layer_major = false;
     uint32_t stage_rows  = 0;
 
@@ -143,14 +151,16 @@ public:
 
     llama_context * lctx = nullptr; // the context that this is the memory of, once it has computed anything
 
-    // upstream's cache of one row: knows whether and how rows of quantized types are rotated
+    // upstream's caches of one row: they know whether and how rows of quantized types are rotated
     std::unique_ptr<llama_kv_cache> rotation;
+    std::unique_ptr<llama_kv_cache> rotation_swa; // in layers that slide
 
     ziggurat_kv_topology topology; // of the last graph
 
     std::string refusal; // why the last call was refused
 
     std::vector<llama_seq_id> to_select; // sequences that have to select before the batch goes on
+    std::vector<llama_seq_id> to_settle; // those whose ring has no room for more queries before some are summed up
 
     enum class selection { none, done, failed };
     selection selected = selection::none; // what became of them: the batch goes on, or has to fail
@@ -159,7 +169,16 @@ public:
 
     uint32_t step_tokens = 1; // see ziggurat_kv_set_step
 
-    bool uses_queries() const { return params.score == ZIGGURAT_KV_SCORE_SNAPKV; }
+    // queries of a sequence's last tokens that a selection is by
+    static uint32_t observed(const ziggurat_kv_params & params);
+
+    bool uses_queries() const { return observed(params) > 0; }
+    bool sums_up() const { return evicts && params.score == ZIGGURAT_KV_SCORE_H2O; }
+
+    // whether there is nothing to select by: removals took all the queries
+    bool is_blind(const ziggurat_kv_sequence & seq) const {
+        return uses_queries() && !sums_up() && seq.queries_from >= seq.next;
+    }
     bool exists(llama_seq_id seq_id) const { return seq_id >= 0 && (uint32_t) seq_id < n_seq; }
 
     ziggurat_kv_layout layout() const;
@@ -179,6 +198,9 @@ public:
     // The n last tokens of seqs[index] were read through the stage: of more than the window has the ring got only the last
     // ones.
     void note_read(uint32_t index, uint32_t n);
+
+    // The attention of all queries of seqs[index] before a position is in its sums.
+    void note_settled(uint32_t index, llama_pos until);
 
     // Forgets a sequence, and the prompt that is being read for it.
     void clear_seq(llama_seq_id seq_id);
@@ -201,6 +223,12 @@ public:
     bool    begin_prompt(llama_seq_id seq_id, const llama_token * tokens, size_t n);
     int32_t step_prompt(llama_context & ctx, llama_seq_id seq_id, uint32_t max_steps, ziggurat_kv_progress * progress);
 
+    // Takes back what was written of `now` since it was `before`. Its rings may be overwritten in part.
+    void take_back(const ziggurat_kv_sequence & before, ziggurat_kv_sequence & now) const;
+
+    // How many of a sequence's last tokens can be removed.
+    uint32_t tail(const ziggurat_kv_sequence & seq) const;
+
     // Removes the positions from p0 on. Returns why that cannot be, with nothing changed, or "".
     std::string cut(ziggurat_kv_sequence & seq, llama_seq_id seq_id, llama_pos p0) const;
 
@@ -213,7 +241,9 @@ public:
 
 private:
     void make_rows();
+    std::unique_ptr<llama_kv_cache> make_rotation(bool slides) const;
     void make_stage(bool layer_major);
+    void make_stage_sums(bool layer_major);
     bool can_cut() const;
 
     // what the tokens of one sequence in a batch need

@@ -2,6 +2,7 @@
 
 #include "ziggurat-kv-fault.h"
 #include "ziggurat-kv-select.h"
+#include "ziggurat-kv-sums.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -23,8 +24,11 @@ ziggurat_kv_context::ziggurat_kv_context(ziggurat_kv_cache * kv, const ziggurat_
     }
 }
 
-ziggurat_kv_context::ziggurat_kv_context(ziggurat_kv_cache * kv, llama_context * lctx, std::vector<llama_seq_id> seqs) :
-    kv(kv), what(kind::update), status(LLAMA_MEMORY_STATUS_SUCCESS), lctx(lctx), to_select(std::move(seqs)) {
+ziggurat_kv_context::ziggurat_kv_context(
+        ziggurat_kv_cache * kv, llama_context * lctx,
+        std::vector<llama_seq_id> to_select, std::vector<llama_seq_id> to_settle) :
+    kv(kv), what(kind::update), status(LLAMA_MEMORY_STATUS_SUCCESS), lctx(lctx),
+    to_select(std::move(to_select)), to_settle(std::move(to_settle)) {
 }
 
 ziggurat_kv_context::~ziggurat_kv_context() {
@@ -35,7 +39,7 @@ ziggurat_kv_context::~ziggurat_kv_context() {
 
 void ziggurat_kv_context::undo() {
     for (auto & [s, seq] : before) {
-        kv->seqs[s] = std::move(seq);
+        kv->take_back(seq, kv->seqs[s]);
     }
     if (reading >= 0) {
         kv->drop_reading(reading);
@@ -67,12 +71,19 @@ bool ziggurat_kv_context::next() {
     const auto   index = first_index(get_ubatch());
     if (step.staged && step.last) {
         for (uint32_t il = 0; il < kv->layers.size(); ++il) {
-            if (step.layer < 0 || step.layer == (int32_t) il) {
-                kv->note_selection(index, il, kv->seqs[index].used[il] + step.total, step_plans[il].target);
+            if (step.layer >= 0 && step.layer != (int32_t) il) {
+                continue;
+            }
+            const uint32_t n = kv->seqs[index].used[il] + step.total;
+            if (kv->layers[il].slides) {
+                kv->seqs[index].used[il] = std::min(n, kv->layers[il].capacity);
+            } else {
+                kv->note_selection(index, il, n, step_plans[il].target);
             }
         }
         if (has_outputs()) {
             kv->advance(index, step.total);
+            kv->note_settled(index, kv->seqs[index].next);
         }
     }
     if (step.copied) {
@@ -127,9 +138,28 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans(const llama_ubatch & ub
                             : plans_largest(n_seqs(ubatch), n_new);
 }
 
+// A ring is read where it is, also by prompts: into the plane of the copy.
+ziggurat_kv_plan ziggurat_kv_context::plan_sliding(
+        uint32_t il, uint32_t first, uint32_t n_seqs, uint32_t offset, uint32_t n_new) const {
+    const auto & layer = kv->layers[il];
+    ziggurat_kv_plan plan;
+    for (uint32_t s = first; s < first + n_seqs; ++s) {
+        const auto &   seq  = kv->seqs[s];
+        const uint32_t past = what == kind::batch ? seq.next + offset : 0;
+        const bool     full = what != kind::batch || past + n_new > layer.capacity || seq.used[il] < (uint32_t) seq.next;
+        plan.past.push_back(past);
+        plan.n_kv = std::max(plan.n_kv, full ? layer.capacity : kv->padded_rows(layer, past + n_new));
+    }
+    return plan;
+}
+
 std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_in_place(uint32_t first, uint32_t n_seqs, uint32_t n_new) const {
     std::vector<ziggurat_kv_plan> res(kv->layers.size());
     for (uint32_t il = 0; il < res.size(); ++il) {
+        if (kv->layers[il].slides) {
+            res[il] = plan_sliding(il, first, n_seqs, 0, n_new);
+            continue;
+        }
         for (uint32_t s = first; s < first + n_seqs; ++s) {
             const auto & seq = kv->seqs[s];
             res[il].past.push_back(seq.used[il]);
@@ -149,7 +179,8 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_staged(
     std::vector<uint32_t> before;
     for (uint32_t il = 0; il < kv->layers.size(); ++il) {
         // a graph that is cut down to one layer has all layers alike
-        const uint32_t rows = held(step.layer < 0 ? il : step.layer);
+        const uint32_t of   = step.layer < 0 ? il : step.layer;
+        const uint32_t rows = kv->layers[of].slides ? 0 : held(of);
         before.push_back(std::min(rows, kv->stage_rows - step.total));
     }
     const uint32_t base = *std::max_element(before.begin(), before.end());
@@ -160,6 +191,10 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_staged(
         const uint32_t n        = before[il] + step.total;
 
         auto & plan = res[il];
+        if (kv->layers[il].slides) {
+            plan = plan_sliding(il, what == kind::batch ? first_index(get_ubatch()) : 0, 1, step.offset, n_new);
+            continue;
+        }
         plan.past   = { base + step.offset };
         plan.shift  = base - before[il];
         plan.n_kv   = std::min(kv->stage_rows, std::max(ROW_PADDING, GGML_PAD(base + step.offset + n_new, ROW_PADDING)));
@@ -174,13 +209,19 @@ std::vector<ziggurat_kv_plan> ziggurat_kv_context::plans_largest(uint32_t n_seqs
     uint32_t budget   = kv->n_ctx;
     uint32_t capacity = kv->n_ctx;
     for (const auto & layer : kv->layers) {
-        budget   = std::min(budget,   layer.budget);
-        capacity = std::min(capacity, layer.capacity);
+        if (!layer.slides) {
+            budget   = std::min(budget,   layer.budget);
+            capacity = std::min(capacity, layer.capacity);
+        }
     }
     const uint32_t common = std::min(capacity, GGML_PAD(std::max(budget, n_new), ROW_PADDING));
 
     std::vector<ziggurat_kv_plan> res(kv->layers.size());
     for (uint32_t il = 0; il < res.size(); ++il) {
+        if (kv->layers[il].slides) {
+            res[il] = plan_sliding(il, 0, n_seqs, 0, n_new);
+            continue;
+        }
         res[il].n_kv = n_new <= kv->step_tokens ? kv->layers[il].capacity : common;
         res[il].past.assign(n_seqs, res[il].n_kv - std::min(res[il].n_kv, n_new));
     }
@@ -195,11 +236,16 @@ uint32_t ziggurat_kv_context::budget(uint32_t il) const {
 bool ziggurat_kv_context::select() {
     // both graphs are short, and what they make room for can be aborted
     const ziggurat_kv_uninterrupted guard(*lctx);
+    bool done = true;
+    for (const auto s : to_settle) {
+        done = done && settle(s);
+    }
     for (const auto s : to_select) {
-        if (!select(s)) {
-            kv->selected = ziggurat_kv_cache::selection::failed;
-            return false;
-        }
+        done = done && select(s);
+    }
+    if (!done) {
+        kv->selected = ziggurat_kv_cache::selection::failed;
+        return false;
     }
     kv->selected = ziggurat_kv_cache::selection::done;
     return true;
@@ -217,16 +263,33 @@ bool ziggurat_kv_context::select(llama_seq_id seq_id) {
             kv->note_selection(seq_id, il, seq.used[il], seq.budget[il]);
         }
     }
+    kv->note_settled(seq_id, seq.next);
     return true;
 }
 
+ziggurat_kv_selection ziggurat_kv_context::rows_of(llama_seq_id seq_id, uint32_t il) const {
+    const auto & seq   = kv->seqs[seq_id];
+    const auto & layer = kv->layers[il];
+
+    ziggurat_kv_selection sel;
+    sel.il       = il;
+    sel.plane    = seq_id;
+    sel.n        = seq.used[il];
+    sel.fixed    = seq.fixed[il];
+    sel.target   = std::min(seq.used[il], seq.budget[il]);
+    sel.last     = seq.next - 1;
+    sel.queries_from = seq.queries_from;
+    sel.k        = layer.k;
+    sel.v        = layer.v;
+    sel.k_offset = seq_id*layer.k->nb[2];
+    sel.v_offset = seq_id*layer.v->nb[2];
+    return sel;
+}
+
 bool ziggurat_kv_context::select(llama_seq_id seq_id, bool move) {
-    const auto & seq = kv->seqs[seq_id];
+    auto * res = lctx->get_gf_res_reserve();
 
-    auto * sched = lctx->get_sched();
-    auto * res   = lctx->get_gf_res_reserve();
-
-    ggml_backend_sched_reset(sched);
+    ggml_backend_sched_reset(lctx->get_sched());
     res->reset();
 
     auto * ctx = res->get_ctx();
@@ -234,22 +297,23 @@ bool ziggurat_kv_context::select(llama_seq_id seq_id, bool move) {
 
     for (uint32_t il = 0; il < kv->layers.size(); ++il) {
         const auto & layer = kv->layers[il];
-        if (seq.used[il] <= seq.budget[il]) {
+        if (layer.slides) {
             continue;
         }
-        ziggurat_kv_selection sel;
-        sel.il       = il;
-        sel.plane    = seq_id;
-        sel.n        = seq.used[il];
-        sel.fixed    = seq.fixed[il];
-        sel.target   = seq.budget[il];
-        sel.last     = seq.next - 1;
-        sel.queries_from = seq.queries_from;
-        sel.k        = layer.k;
-        sel.v        = layer.v;
-        sel.k_offset = seq_id*layer.k->nb[2];
-        sel.v_offset = seq_id*layer.v->nb[2];
-
+        auto sel = rows_of(seq_id, il);
+        if (kv->sums_up()) { // those of all layers, since queries are kept of all or of none
+            ggml_tensor * next = ziggurat_kv_sums_view(ctx, layer.sums_next, 0, sel.n);
+            if (!move) {
+                next = ggml_cpy(ctx, ziggurat_kv_build_sums(ctx, gf, res, *kv, sel, sel.last + 1), next);
+                ggml_build_forward_expand(gf, next);
+            } else if (sel.target == sel.n) {
+                ggml_build_forward_expand(gf, ggml_cpy(ctx, next, ziggurat_kv_sums_view(ctx, layer.sums, seq_id, sel.n)));
+            }
+            sel.sums = next;
+        }
+        if (sel.target == sel.n) {
+            continue;
+        }
         ggml_tensor * chosen = ggml_view_2d(ctx, layer.chosen, sel.target, layer.n_head_kv, layer.chosen->nb[1], 0);
         if (move) {
             ziggurat_kv_build_move(ctx, gf, *kv, sel, chosen);
@@ -257,10 +321,41 @@ bool ziggurat_kv_context::select(llama_seq_id seq_id, bool move) {
             ggml_build_forward_expand(gf, ggml_cpy(ctx, ziggurat_kv_build_choice(ctx, gf, res, *kv, sel), chosen));
         }
     }
+    return compute(res);
+}
+
+// Adds the attention of the queries that are kept, but for those that may still be removed.
+bool ziggurat_kv_context::settle(llama_seq_id seq_id) {
+    auto * res = lctx->get_gf_res_reserve();
+
+    ggml_backend_sched_reset(lctx->get_sched());
+    res->reset();
+
+    const llama_pos until = kv->seqs[seq_id].next - (llama_pos) ZIGGURAT_KV_RING_SPARE;
+    for (uint32_t il = 0; il < kv->layers.size(); ++il) {
+        if (kv->layers[il].slides) {
+            continue;
+        }
+        const auto sel = rows_of(seq_id, il);
+        auto * ctx = res->get_ctx();
+        auto * now = ziggurat_kv_build_sums(ctx, res->get_gf(), res, *kv, sel, until);
+        ggml_build_forward_expand(res->get_gf(), ggml_cpy(ctx, now, ziggurat_kv_sums_view(ctx, kv->layers[il].sums, seq_id, sel.n)));
+    }
+    if (!compute(res)) {
+        kv->refusal = format("summing up the attention of sequence %d failed", seq_id);
+        return false;
+    }
+    kv->note_settled(seq_id, until);
+    return true;
+}
+
+bool ziggurat_kv_context::compute(llm_graph_result * res) {
+    auto * sched = lctx->get_sched();
+    auto * gf    = res->get_gf();
     if (ggml_graph_n_nodes(gf) == 0) {
         return true;
     }
-    kv->topology.tell_apart(ctx, gf, kv->layers[0].k);
+    kv->topology.tell_apart(res->get_ctx(), gf, kv->layers[0].k);
     if (ziggurat_kv_fails(kv) || !ggml_backend_sched_alloc_graph(sched, gf)) {
         return false;
     }

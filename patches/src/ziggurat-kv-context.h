@@ -11,9 +11,11 @@
 #include <map>
 #include <vector>
 
+struct ziggurat_kv_selection;
+
 // How a layer takes part in a step.
 struct ziggurat_kv_plan {
-    std::vector<uint32_t> past; // rows before the new ones, per sequence of the ubatch
+    std::vector<uint32_t> past; // rows before the new ones, per sequence of the ubatch; positions if the layer slides
     uint32_t n_kv   = 0;        // rows attended to, with padding
     uint32_t shift  = 0;        // stage: rows start here, so that the new ones of all layers lie in the same places
     uint32_t n_copy = 0;        // rows to copy to the stage first
@@ -35,8 +37,10 @@ public:
     // the largest graph: in place, or of a step that is read through the stage
     ziggurat_kv_context(ziggurat_kv_cache * kv, const ziggurat_kv_step * step);
 
-    // selections without tokens
-    ziggurat_kv_context(ziggurat_kv_cache * kv, llama_context * lctx, std::vector<llama_seq_id> seqs);
+    // selections, or additions to the sums of attention, without tokens
+    ziggurat_kv_context(
+            ziggurat_kv_cache * kv, llama_context * lctx,
+            std::vector<llama_seq_id> to_select, std::vector<llama_seq_id> to_settle);
 
     // What was not computed to its end did not happen: the sequences concerned are as they were.
     ~ziggurat_kv_context() override;
@@ -64,6 +68,7 @@ public:
     ziggurat_kv_cache * kv = nullptr;
 
 private:
+    ziggurat_kv_plan plan_sliding(uint32_t il, uint32_t first, uint32_t n_seqs, uint32_t offset, uint32_t n_new) const;
     std::vector<ziggurat_kv_plan> plans_in_place(uint32_t first, uint32_t n_seqs, uint32_t n_new) const;
     std::vector<ziggurat_kv_plan> plans_staged(uint32_t n_new, const std::function<uint32_t(uint32_t)> & held) const;
     std::vector<ziggurat_kv_plan> plans_largest(uint32_t n_seqs, uint32_t n_new) const;
@@ -75,6 +80,11 @@ private:
     bool select();
     bool select(llama_seq_id seq_id);
     bool select(llama_seq_id seq_id, bool move);
+    bool settle(llama_seq_id seq_id);
+    bool compute(llm_graph_result * res);
+
+    // where a layer's rows are that a sequence selects from
+    ziggurat_kv_selection rows_of(llama_seq_id seq_id, uint32_t il) const;
 
     kind what;
     llama_memory_status status;
@@ -90,4 +100,5 @@ private:
 
     llama_context * lctx = nullptr;
     std::vector<llama_seq_id> to_select;
+    std::vector<llama_seq_id> to_settle;
 };

@@ -1,6 +1,8 @@
 #include "ziggurat-kv-graph.h"
 
 #include "ziggurat-kv-select.h"
+#include "ziggurat-kv-slide.h"
+#include "ziggurat-kv-sums.h"
 
 #include "llama-impl.h"
 
@@ -35,6 +37,27 @@ void fill_mask(ggml_tensor * mask, const std::vector<uint32_t> & past) {
     }
 }
 
+// past: positions before the new ones
+template <typename T>
+void fill_sliding_mask(ggml_tensor * mask, const std::vector<uint32_t> & past, uint32_t capacity, const llama_hparams & hparams) {
+    const int64_t n_kv     = mask->ne[0];
+    const int64_t n_tokens = mask->ne[1];
+    const T keep = llama_cast<T>(0.0f);
+    const T drop = llama_cast<T>(-INFINITY);
+    T * row = (T *) mask->data;
+    for (const uint32_t n_past : past) {
+        const auto positions = ziggurat_kv_ring_positions(capacity, n_kv, n_past + n_tokens - 1);
+        for (int64_t i = 0; i < n_tokens; ++i, row += n_kv) {
+            const llama_pos own = n_past + i;
+            for (int64_t j = 0; j < n_kv; ++j) {
+                const llama_pos pos = positions[j];
+                const bool seen = pos >= 0 && pos <= own && !llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, pos, own);
+                row[j] = seen ? keep : drop;
+            }
+        }
+    }
+}
+
 } // namespace
 
 ziggurat_kv_input::ziggurat_kv_input(
@@ -61,7 +84,8 @@ ziggurat_kv_input::ziggurat_kv_input(
     class_of.assign(n_layer, 0);
     for (uint32_t il = 0; il < n_layer; ++il) {
         const auto found = std::find_if(masks.begin(), masks.end(), [&](const mask_class & c) {
-            return plans[c.il].n_kv == plans[il].n_kv && plans[c.il].past == plans[il].past;
+            return plans[c.il].n_kv == plans[il].n_kv && plans[c.il].past == plans[il].past &&
+                   kv.layers[c.il].slides == kv.layers[il].slides;
         });
         class_of[il] = found - masks.begin();
         if (found == masks.end()) {
@@ -77,7 +101,7 @@ ziggurat_kv_input::ziggurat_kv_input(
 
     if (kv.evicts && kv.uses_queries()) {
         // what is written in place may be removed again, and the window then lies further back
-        const uint32_t wanted = step.staged ? kv.params.window : kv.n_ring;
+        const uint32_t wanted = !step.staged ? kv.n_ring : kv.sums_up() ? 0 : kv.observed(kv.params);
         const uint32_t later  = step.staged ? step.total - std::min(step.total, step.offset + n_tokens) : 0;
         n_window = std::min(n_seq_tokens, wanted - std::min(wanted, later));
         if (n_window > 0) {
@@ -92,10 +116,22 @@ ziggurat_kv_input::ziggurat_kv_input(
         }
     }
 
-    if (kv.rotation) {
-        self_k_rot = kv.rotation->build_input_k_rot(ctx);
-        self_v_rot = kv.rotation->build_input_v_rot(ctx);
+    const llama_kv_cache * rotations[2] = { kv.rotation.get(), kv.rotation_swa.get() };
+    for (int i = 0; i < 2; ++i) {
+        if (rotations[i] != nullptr) {
+            rot_k[i] = rotations[i]->build_input_k_rot(ctx);
+            rot_v[i] = rotations[i]->build_input_v_rot(ctx);
+        }
     }
+    self_k_rot = rot_k[0];
+    self_v_rot = rot_v[0];
+}
+
+llm_graph_input_attn_kv * ziggurat_kv_input::of_layer(int il) {
+    const bool slides = mctx_kv->kv->layers[il].slides;
+    self_k_rot = rot_k[slides];
+    self_v_rot = rot_v[slides];
+    return this;
 }
 
 void ziggurat_kv_input::set_input(const llama_ubatch * ubatch) {
@@ -103,7 +139,12 @@ void ziggurat_kv_input::set_input(const llama_ubatch * ubatch) {
 
     for (const auto & c : masks) {
         GGML_ASSERT(ggml_backend_buffer_is_host(c.mask->buffer));
-        if (c.mask->type == GGML_TYPE_F16) {
+        const auto & layer = kv.layers[c.il];
+        if (layer.slides && c.mask->type == GGML_TYPE_F16) {
+            fill_sliding_mask<ggml_fp16_t>(c.mask, plans[c.il].past, layer.capacity, hparams);
+        } else if (layer.slides) {
+            fill_sliding_mask<float>(c.mask, plans[c.il].past, layer.capacity, hparams);
+        } else if (c.mask->type == GGML_TYPE_F16) {
             fill_mask<ggml_fp16_t>(c.mask, plans[c.il].past);
         } else {
             fill_mask<float>(c.mask, plans[c.il].past);
@@ -114,9 +155,13 @@ void ziggurat_kv_input::set_input(const llama_ubatch * ubatch) {
     int64_t * idx = (int64_t *) row_idxs->data;
     for (int64_t column = 0; column < row_idxs->ne[1]; ++column) {
         const uint32_t il = step.layer < 0 ? column : step.layer;
+        const auto   & layer = kv.layers[il];
         for (uint32_t s = 0; s < n_seqs; ++s, idx += n_seq_tokens) {
-            const int64_t place = step.staged ? 0 : (int64_t) (first_plane + s)*kv.layers[il].capacity;
-            std::iota(idx, idx + n_seq_tokens, place + plans[il].past[s]);
+            const int64_t place = step.staged && !layer.slides ? 0 : (int64_t) (first_plane + s)*layer.capacity;
+            std::iota(idx, idx + n_seq_tokens, (int64_t) plans[il].past[s]);
+            for (uint32_t i = 0; i < n_seq_tokens; ++i) {
+                idx[i] = place + (layer.slides ? idx[i] % layer.capacity : idx[i]);
+            }
         }
     }
 
@@ -140,11 +185,14 @@ void ziggurat_kv_input::set_input(const llama_ubatch * ubatch) {
         }
     }
 
-    if (self_k_rot && self_k_rot->buffer) {
-        kv.rotation->set_input_k_rot(self_k_rot);
-    }
-    if (self_v_rot && self_v_rot->buffer) {
-        kv.rotation->set_input_v_rot(self_v_rot);
+    const llama_kv_cache * rotations[2] = { kv.rotation.get(), kv.rotation_swa.get() };
+    for (int i = 0; i < 2; ++i) {
+        if (rot_k[i] && rot_k[i]->buffer) {
+            rotations[i]->set_input_k_rot(rot_k[i]);
+        }
+        if (rot_v[i] && rot_v[i]->buffer) {
+            rotations[i]->set_input_v_rot(rot_v[i]);
+        }
     }
 }
 
@@ -183,12 +231,14 @@ void ziggurat_kv_input::store(
 
     const auto & plan = plans[il];
 
-    ggml_tensor * k_rows = step.staged ? layer.stage_k : layer.k;
-    ggml_tensor * v_rows = step.staged ? layer.stage_v : layer.v;
+    const bool staged = step.staged && !layer.slides;
+
+    ggml_tensor * k_rows = staged ? layer.stage_k : layer.k;
+    ggml_tensor * v_rows = staged ? layer.stage_v : layer.v;
 
     // of the first row that is attended to
     const auto offset = [&](const ggml_tensor * rows) {
-        return step.staged ? stage*rows->nb[2] + plan.shift*rows->nb[1] : first_plane*rows->nb[2];
+        return staged ? stage*rows->nb[2] + plan.shift*rows->nb[1] : first_plane*rows->nb[2];
     };
 
     if (plan.n_copy > 0) {
@@ -200,8 +250,8 @@ void ziggurat_kv_input::store(
     const auto put = [&](ggml_tensor * rows, ggml_tensor * cur) {
         GGML_ASSERT(ggml_row_size(cur->type, cur->ne[0]) == cur->nb[1]); // heads of a token lie side by side
         cur = ggml_view_2d(ctx, cur, cur->ne[0]*cur->ne[1], n_tokens, cur->nb[2], 0);
-        rows = step.staged ? ggml_view_2d(ctx, rows, rows->ne[0], rows->ne[1], rows->nb[1], stage*rows->nb[2])
-                           : ggml_reshape_2d(ctx, rows, rows->ne[0], rows->ne[1]*rows->ne[2]); // plane after plane
+        rows = staged ? ggml_view_2d(ctx, rows, rows->ne[0], rows->ne[1], rows->nb[1], stage*rows->nb[2])
+                      : ggml_reshape_2d(ctx, rows, rows->ne[0], rows->ne[1]*rows->ne[2]); // plane after plane
         effects[il].push_back(ggml_set_rows(ctx, rows, cur, idxs));
     };
     put(k_rows, k_cur);
@@ -238,30 +288,88 @@ void ziggurat_kv_input::keep_queries(ggml_context * ctx, ggml_cgraph * gf, ggml_
     ggml_build_forward_expand(gf, effects[il].back());
 }
 
+ziggurat_kv_selection ziggurat_kv_input::staged_rows(int il) const {
+    const auto & kv    = *mctx_kv->kv;
+    const auto & layer = kv.layers[il];
+    const auto & plan  = plans[il];
+    const auto & seq   = kv.seqs[first_index];
+
+    ziggurat_kv_selection sel;
+    sel.il       = il;
+    sel.plane    = first_plane;
+    sel.n        = plan.past[0] - plan.shift + n_tokens;
+    sel.fixed    = seq.fixed[il];
+    sel.target   = plan.target;
+    sel.last     = seq.next + step.offset + n_tokens - 1;
+    sel.queries_from = seq.queries_from;
+    sel.k        = layer.stage_k;
+    sel.v        = layer.stage_v;
+    sel.k_offset = stage*layer.stage_k->nb[2] + plan.shift*layer.stage_k->nb[1];
+    sel.v_offset = stage*layer.stage_v->nb[2] + plan.shift*layer.stage_v->nb[1];
+    return sel;
+}
+
+ggml_tensor * ziggurat_kv_input::sum_up(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ggml_tensor * q, int il) {
+    auto & kv    = *mctx_kv->kv;
+    auto & layer = kv.layers[il];
+    auto   rows  = staged_rows(il);
+
+    const int64_t n      = rows.n;
+    const int64_t before = n - n_tokens;
+    const int64_t d      = q->ne[0];
+
+    ggml_tensor * sums = nullptr; // of the rows before
+    if (before > 0 && step.first) {
+        rows.n    = before;
+        rows.last = kv.seqs[first_index].next - 1;
+        sums = ziggurat_kv_build_sums(ctx, gf, res, kv, rows, rows.last + 1);
+    } else if (before > 0) {
+        sums = ggml_cont(ctx, ziggurat_kv_sums_view(ctx, layer.stage_sums, stage, before));
+    }
+    ggml_tensor * mask = mask_of(ctx, il);
+    ggml_tensor * k    = ggml_view_3d(ctx, layer.stage_k, d, mask->ne[0], layer.n_head_kv,
+            layer.stage_k->nb[1], ggml_row_size(layer.stage_k->type, d), rows.k_offset);
+    ggml_tensor * paid = ziggurat_kv_build_paid(ctx, gf, kv, layer, q, k, mask);
+    paid = ggml_cont(ctx, ggml_view_2d(ctx, paid, n, layer.n_head_kv, paid->nb[1], 0));
+    if (sums != nullptr) {
+        paid = ggml_add(ctx, paid, ggml_pad(ctx, sums, n_tokens, 0, 0, 0));
+    }
+    effects[il].push_back(ggml_cpy(ctx, paid, ziggurat_kv_sums_view(ctx, layer.stage_sums, stage, n)));
+    ggml_build_forward_expand(gf, effects[il].back());
+    return effects[il].back();
+}
+
 void ziggurat_kv_input::finish(
-        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ggml_tensor * q, float kq_scale, int il) {
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ggml_tensor * q, ggml_tensor * sinks,
+        float kq_scale, int il) {
     auto & kv    = *mctx_kv->kv;
     auto & layer = kv.layers[il];
 
     layer.kq_scale = kq_scale;
+    layer.sinks    = sinks;
 
-    if (step.layer >= 0 && step.layer != il) {
-        return; // the graph is cut down to another layer
+    if (layer.slides || (step.layer >= 0 && step.layer != il)) {
+        return; // there is nothing to select, or the graph is cut down to another layer
     }
     if (query_idxs) {
         keep_queries(ctx, gf, q, il);
     }
 
+    ggml_tensor * sums = step.staged && kv.sums_up() ? sum_up(ctx, gf, res, q, il) : nullptr;
+
     const auto & plan = plans[il];
     if (plan.target == 0) {
         return;
     }
-    const uint32_t n     = plan.past[0] - plan.shift + n_tokens; // rows of this layer
-    const uint32_t held  = n - step.total; // before the segment
+    auto sel = staged_rows(il);
+    sel.sums = sums;
+
+    const uint32_t held = sel.n - step.total; // before the segment
 
     const auto begin = [&](const ggml_tensor * rows) { return stage*rows->nb[2] + plan.shift*rows->nb[1]; };
 
-    if (plan.target == n) { // nothing has to go
+    if (plan.target == sel.n) { // nothing has to go
         const auto keep = [&](ggml_tensor * from, ggml_tensor * to) {
             effects[il].push_back(copy_rows(ctx, from, begin(from) + held*from->nb[1],
                         to, first_plane*to->nb[2] + held*to->nb[1], step.total));
@@ -269,23 +377,19 @@ void ziggurat_kv_input::finish(
         };
         keep(layer.stage_k, layer.k);
         keep(layer.stage_v, layer.v);
+        if (sums != nullptr) {
+            effects[il].push_back(ggml_cpy(ctx, sums, ziggurat_kv_sums_view(ctx, layer.sums, first_plane, sel.n)));
+            ggml_build_forward_expand(gf, effects[il].back());
+        }
         return;
     }
-
-    ziggurat_kv_selection sel;
-    sel.il       = il;
-    sel.plane    = first_plane;
-    sel.n        = n;
-    sel.fixed    = kv.seqs[first_index].fixed[il];
-    sel.target   = plan.target;
-    sel.last     = kv.seqs[first_index].next + step.total - 1;
-    sel.queries_from = kv.seqs[first_index].queries_from;
-    sel.k        = layer.stage_k;
-    sel.v        = layer.stage_v;
-    sel.k_offset = begin(layer.stage_k);
-    sel.v_offset = begin(layer.stage_v);
     const auto writes = ziggurat_kv_build_move(ctx, gf, kv, sel, ziggurat_kv_build_choice(ctx, gf, res, kv, sel));
     effects[il].insert(effects[il].end(), writes.begin(), writes.end());
+}
+
+llm_graph_input_attn_kv * ziggurat_kv_input_of(llm_graph_input_attn_kv_iswa * inp, int il) {
+    auto * own = dynamic_cast<ziggurat_kv_input_iswa *>(inp);
+    return own ? own->input->of_layer(il) : nullptr;
 }
 
 std::unique_ptr<ziggurat_kv_input> ziggurat_kv_make_input(

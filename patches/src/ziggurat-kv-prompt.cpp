@@ -43,9 +43,11 @@ void ziggurat_kv_cache::copy_plane(uint32_t index, uint32_t from, uint32_t to) {
     for (uint32_t il = 0; il < layers.size(); ++il) {
         const auto & layer = layers[il];
         for (ggml_tensor * t : { layer.k, layer.v }) {
-            copy_bytes(t, from*t->nb[2], to*t->nb[2], seq.used[il]*t->nb[1]);
+            // a ring is whole, or begins with its first row
+            const uint32_t n = layer.slides && seq.used[il] < (uint32_t) seq.next ? layer.capacity : seq.used[il];
+            copy_bytes(t, from*t->nb[2], to*t->nb[2], n*t->nb[1]);
         }
-        for (ggml_tensor * t : { seq.fixed[il] > 0 ? layer.positions : nullptr, layer.queries }) {
+        for (ggml_tensor * t : { seq.fixed[il] > 0 ? layer.positions : nullptr, layer.queries, layer.sums }) {
             if (t != nullptr) {
                 copy_bytes(t, from*t->nb[2], to*t->nb[2], t->nb[2]);
             }
@@ -64,7 +66,7 @@ int32_t ziggurat_kv_cache::reading_of(llama_seq_id seq_id) const {
 
 bool ziggurat_kv_cache::needs_copy(llama_seq_id seq_id) const {
     // an empty sequence loses nothing, and rows that come after the others destroy none
-    return evicts && seqs[seq_id].next > 0;
+    return overwrites && seqs[seq_id].next > 0;
 }
 
 int32_t ziggurat_kv_cache::free_reading(llama_seq_id seq_id) const {
@@ -141,20 +143,20 @@ std::vector<ziggurat_kv_step> ziggurat_kv_cache::prompt_steps(
     const uint32_t n_tokens = std::accumulate(sizes.begin(), sizes.end(), 0u);
     const auto &   before   = seqs[seq_id].used;
     // a single token selects nothing: it takes a row of the slack
-    bool has_room = n_tokens == 1;
+    bool has_room = n_tokens == 1 && (!sums_up() || seqs[seq_id].next - seqs[seq_id].queries_from < (llama_pos) n_ring);
     for (uint32_t il = 0; il < layers.size(); ++il) {
-        has_room &= before[il] < layers[il].capacity;
+        has_room &= layers[il].slides || before[il] < layers[il].capacity;
     }
     if (has_room) {
         add_in_place(0);
-    } else if (!chunked && !fits_budget(seq_id, n_tokens)) {
+    } else if (!chunked && (sums_up() || !fits_budget(seq_id, n_tokens))) {
         add_segment(0, sizes.size());
     } else {
         uint32_t read = 0;
         for (size_t i = 0; i < sizes.size(); ++i) {
             read += sizes[i];
             // once it does not fit, the layer that was too small stays full
-            fits_budget(seq_id, read) ? add_in_place(i) : add_segment(i, i + 1);
+            fits_budget(seq_id, read) && !sums_up() ? add_in_place(i) : add_segment(i, i + 1);
         }
     }
     for (auto & step : steps) {

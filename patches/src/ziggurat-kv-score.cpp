@@ -10,13 +10,15 @@
 
 namespace {
 
-// The queries of the observation window, in the order of their positions: where in the ring they are, which rows each
+// The last queries that a selection is by, in the order of their positions: where in the ring they are, which rows each
 // of them sees, and what it weighs.
 class window_input : public llm_graph_input_i {
 public:
-    window_input(ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel, int64_t n_padded, uint32_t n_group) :
-        n(sel.n), ring(kv.n_ring), plane(sel.plane), last(sel.last), queries_from(sel.queries_from) {
-        const uint32_t window = kv.params.window;
+    window_input(
+            ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel, int64_t n_padded, uint32_t n_group,
+            llama_pos until) :
+        n(sel.n), ring(kv.n_ring), plane(sel.plane), last(sel.last), queries_from(sel.queries_from), until(until), sums(kv.sums_up()) {
+        const uint32_t window = sums ? kv.n_ring : kv.observed(kv.params);
         slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, window);
         ggml_set_input(slots);
         ggml_set_name(slots, "kv_window_slots");
@@ -38,6 +40,8 @@ public:
         std::vector<float>       shares(window*group, 0.0f);
 
         const int64_t n_valid = std::min<int64_t>(window, last + 1 - queries_from);
+        const int64_t youngest = last + 1 - until;
+        const float   share    = 1.0f/(group*(sums ? 1 : n_valid));
         for (int64_t i = 0; i < window; ++i) {
             const int64_t age = window - 1 - i;
             const int64_t see = std::clamp<int64_t>(n - age, 1, n); // the rows of the window are consecutive
@@ -45,8 +49,8 @@ public:
             std::fill(row,       row + see,      ggml_fp32_to_fp16(0.0f));
             std::fill(row + see, row + n_padded, ggml_fp32_to_fp16(-INFINITY));
             places[i] = plane*ring + std::max<int64_t>(last - age, 0) % ring;
-            for (int64_t g = 0; g < group && age < n_valid; ++g) {
-                shares[g*window + i] = 1.0f/(n_valid*group);
+            for (int64_t g = 0; g < group && age < n_valid && age >= youngest; ++g) {
+                shares[g*window + i] = share;
             }
         }
         ggml_backend_tensor_set(slots,   places.data(), 0, ggml_nbytes(slots));
@@ -64,6 +68,8 @@ private:
     const uint32_t  plane;
     const llama_pos last;
     const llama_pos queries_from;
+    const llama_pos until;
+    const bool      sums;
 };
 
 // Uniform numbers that depend on seed, layer, KV head, row and the sequence's length, and on nothing else.
@@ -129,19 +135,79 @@ ggml_tensor * keys_of_head(ggml_context * ctx, const ziggurat_kv_selection & sel
     return k->type == GGML_TYPE_F32 || k->type == GGML_TYPE_F16 ? k : ggml_cast(ctx, k, GGML_TYPE_F32);
 }
 
-// SnapKV: how much attention the window's queries pay to each row, averaged over them and over the query heads of a KV
-// head (in F32, causal within the window), then pooled.
-ggml_tensor * snapkv(
-        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+// The mean of the KV heads, for each of them.
+ggml_tensor * same_for_all_heads(ggml_context * ctx, ggml_tensor * scores) {
+    const int64_t n = scores->ne[1];
+    ggml_tensor * sum = nullptr;
+    for (int64_t h = 0; h < n; ++h) {
+        ggml_tensor * one = ggml_view_1d(ctx, scores, scores->ne[0], h*scores->nb[1]);
+        sum = sum ? ggml_add(ctx, sum, one) : one;
+    }
+    return ggml_repeat_4d(ctx, ggml_scale(ctx, sum, 1.0f/n), scores->ne[0], n, 1, 1);
+}
+
+// 1 - the cosine similarity of each key to the mean of all keys at length 1, by KV head: F32 [n, n_head_kv].
+ggml_tensor * key_differences(ggml_context * ctx, ggml_cgraph * gf, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    const int64_t n_head_kv = kv.layers[sel.il].n_head_kv;
+    const int64_t d         = sel.k->ne[0]/n_head_kv;
+    const size_t  head_size = ggml_row_size(sel.k->type, d);
+    const float   shortest  = 1e-12f; // published code divides by no less
+
+    ggml_tensor * counts = ggml_arange(ctx, 0.0f, (float) sel.n, 1.0f);
+    ggml_tensor * all    = ggml_cast(ctx, counts, GGML_TYPE_I32);
+    ggml_tensor * ones   = ggml_reshape_2d(ctx, ggml_scale_bias(ctx, counts, 0.0f, 1.0f), 1, sel.n);
+
+    ggml_tensor * scores = nullptr;
+    for (int64_t h = 0; h < n_head_kv; ++h) {
+        ggml_tensor * k = ggml_view_2d(ctx, sel.k, d, sel.n, sel.k->nb[1], sel.k_offset + h*head_size);
+
+        k = ggml_l2_norm(ctx, ggml_get_rows(ctx, k, all), shortest); // in F32, whatever the rows have
+        ggml_tensor * mean = ggml_l2_norm(ctx, ggml_out_prod(ctx, k, ones), shortest); // [d, 1]
+        ggml_tensor * s    = ggml_scale_bias(ctx, ggml_mul_mat(ctx, k, mean), -1.0f, 1.0f); // [n, 1]
+        scores = scores ? ggml_concat(ctx, scores, s, 1) : s;
+        ggml_build_forward_expand(gf, scores); // now, as above
+    }
+    return scores;
+}
+
+ggml_tensor * random_scores(
+        ggml_context * ctx, ggml_cgraph *, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    const uint64_t key = noise_input::mixed(((uint64_t) kv.params.seed << 32) + sel.last) + noise_input::mixed(sel.il);
+    auto * input = (noise_input *) res->add_input(std::make_unique<noise_input>(
+            ctx, sel.n - kv.params.window, kv.layers[sel.il].n_head_kv, key));
+    return input->scores;
+}
+
+} // namespace
+
+// In F32, before it is averaged: with the cap and the sinks that the model has.
+ggml_tensor * ziggurat_kv_softmax(
+        ggml_context * ctx, const ziggurat_kv_cache & kv, const ziggurat_kv_layer & layer,
+        ggml_tensor * kq, ggml_tensor * mask, int64_t first_head) {
+    if (kv.hparams.attn_soft_cap) {
+        const float cap = kv.hparams.f_attn_logit_softcapping;
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, 1.0f/cap)), cap);
+    }
+    kq = ggml_soft_max_ext(ctx, kq, mask, layer.kq_scale, 0.0f);
+    if (layer.sinks) {
+        ggml_soft_max_add_sinks(kq, ggml_view_1d(ctx, layer.sinks, kq->ne[2], first_head*layer.sinks->nb[0]));
+    }
+    return kq;
+}
+
+// In F32, causal among the last rows, averaged over the query heads of a KV head.
+ggml_tensor * ziggurat_kv_build_attention(
+        ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv,
+        const ziggurat_kv_selection & sel, llama_pos until) {
     const auto & layer = kv.layers[sel.il];
 
-    const int64_t window = kv.params.window;
     const int64_t group  = layer.n_head/layer.n_head_kv;
     const int64_t d      = layer.queries->ne[0]/layer.n_head;
 
     const int64_t n_padded = padded_rows(sel);
 
-    auto * input = (window_input *) res->add_input(std::make_unique<window_input>(ctx, kv, sel, n_padded, group));
+    auto * input = (window_input *) res->add_input(std::make_unique<window_input>(ctx, kv, sel, n_padded, group, until));
+    const int64_t window = input->slots->ne[0];
 
     // in F32, whatever the ring has
     ggml_tensor * queries = ggml_get_rows(ctx, all_planes(ctx, layer.queries), input->slots);
@@ -155,31 +221,29 @@ ggml_tensor * snapkv(
 
         ggml_tensor * s = ggml_mul_mat(ctx, k, q); // [n_padded, window, group]
         ggml_prec_set_acc(s, GGML_PREC_F32);
-        s = ggml_soft_max_ext(ctx, s, input->mask, layer.kq_scale, 0.0f);
+        s = ziggurat_kv_softmax(ctx, kv, layer, s, input->mask, h*group);
         s = ggml_out_prod(ctx, ggml_reshape_2d(ctx, s, n_padded, window*group), input->weights); // [n_padded, 1]
         scores = scores ? ggml_concat(ctx, scores, s, 1) : s;
         // now, or the temporaries of all heads may live at once
         ggml_build_forward_expand(gf, scores);
     }
-    scores = ggml_cont(ctx, ggml_view_2d(ctx, scores, sel.n - window, layer.n_head_kv, scores->nb[1], 0));
-    return pooled(ctx, scores, kv.params);
+    return scores;
 }
-
-ggml_tensor * random_scores(
-        ggml_context * ctx, ggml_cgraph *, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
-    const uint64_t key = noise_input::mixed(((uint64_t) kv.params.seed << 32) + sel.last) + noise_input::mixed(sel.il);
-    auto * input = (noise_input *) res->add_input(std::make_unique<noise_input>(
-            ctx, sel.n - kv.params.window, kv.layers[sel.il].n_head_kv, key));
-    return input->scores;
-}
-
-} // namespace
 
 ggml_tensor * ziggurat_kv_build_scores(
         ggml_context * ctx, ggml_cgraph * gf, llm_graph_result * res, ziggurat_kv_cache & kv, const ziggurat_kv_selection & sel) {
+    const auto attention = [&]() { return ziggurat_kv_build_attention(ctx, gf, res, kv, sel, sel.last + 1); };
+
+    ggml_tensor * scores = nullptr;
     switch (kv.params.score) {
-        case ZIGGURAT_KV_SCORE_SNAPKV: return snapkv(ctx, gf, res, kv, sel);
-        case ZIGGURAT_KV_SCORE_RANDOM: return random_scores(ctx, gf, res, kv, sel);
-        default:                       return nullptr;
+        case ZIGGURAT_KV_SCORE_SNAPKV:  scores = attention(); break;
+        case ZIGGURAT_KV_SCORE_TOVA:    scores = same_for_all_heads(ctx, attention()); break;
+        case ZIGGURAT_KV_SCORE_KEYDIFF: scores = key_differences(ctx, gf, kv, sel); break;
+        case ZIGGURAT_KV_SCORE_H2O:     scores = sel.sums; break;
+        case ZIGGURAT_KV_SCORE_RANDOM:  return random_scores(ctx, gf, res, kv, sel);
+        default:                        return nullptr;
     }
+    // those of the rows before the window
+    scores = ggml_cont(ctx, ggml_view_2d(ctx, scores, sel.n - kv.params.window, scores->ne[1], scores->nb[1], 0));
+    return pooled(ctx, scores, kv.params);
 }

@@ -1,6 +1,7 @@
 #include "ziggurat-kv-select.h"
 
 #include "ziggurat-kv-score.h"
+#include "ziggurat-kv-sums.h"
 
 #include "ggml.h"
 
@@ -109,6 +110,11 @@ std::vector<ggml_tensor *> ziggurat_kv_build_move(
         positions = ggml_reshape_2d(ctx, positions, sel.target, n_head_kv);
     }
     std::vector<ggml_tensor *> effects;
+    if (sel.sums != nullptr) {
+        ggml_tensor * sums = ggml_reshape_3d(ctx, ggml_cont(ctx, sel.sums), 1, sel.n, n_head_kv);
+        sums = ggml_reshape_2d(ctx, ggml_get_rows(ctx, sums, idxs), sel.target, n_head_kv);
+        effects.push_back(ggml_cpy(ctx, sums, ziggurat_kv_sums_view(ctx, layer.sums, sel.plane, sel.target)));
+    }
     effects.push_back(ggml_cpy(ctx, k, words_of(ctx, layer.k, sel.plane*layer.k->nb[2], sel.target, n_head_kv)));
     effects.push_back(ggml_cpy(ctx, v, words_of(ctx, layer.v, sel.plane*layer.v->nb[2], sel.target, n_head_kv)));
     effects.push_back(ggml_cpy(ctx, positions, place));

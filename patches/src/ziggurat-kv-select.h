@@ -21,6 +21,7 @@ struct ziggurat_kv_selection {
     ggml_tensor * v     = nullptr;
     size_t       k_offset = 0; // bytes to the first of them
     size_t       v_offset = 0;
+    ggml_tensor * sums  = nullptr; // F32 [n, n_head_kv]: of attention, where they are the score
 };
 
 // Adds to a graph which rows stay, ascending: F32 [target, n_head_kv].

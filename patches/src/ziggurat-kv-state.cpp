@@ -15,7 +15,7 @@
 namespace {
 
 constexpr uint32_t STATE_MAGIC   = 0x53564b5a; // "ZKVS"
-constexpr uint32_t STATE_VERSION = 1;
+constexpr uint32_t STATE_VERSION = 2;
 
 struct piece {
     uint32_t      il;
@@ -30,12 +30,20 @@ std::vector<piece> pieces_of(const ziggurat_kv_cache & kv, llama_seq_id seq_id, 
     for (uint32_t il = 0; il < kv.layers.size(); ++il) {
         const auto & layer = kv.layers[il];
         for (ggml_tensor * t : { layer.k, layer.v }) {
-            res.push_back({ il, t, seq_id*t->nb[2], seq.used[il]*t->nb[1] });
+            const uint32_t start = layer.slides ? (seq.next - seq.used[il]) % layer.capacity : 0;
+            const uint32_t n_end = std::min(seq.used[il], layer.capacity - start); // then a ring begins anew
+            res.push_back({ il, t, seq_id*t->nb[2] + start*t->nb[1], n_end*t->nb[1] });
+            res.push_back({ il, t, seq_id*t->nb[2], (seq.used[il] - n_end)*t->nb[1] });
         }
         if (seq.fixed[il] > 0) {
             ggml_tensor * t = layer.positions;
             for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
                 res.push_back({ il, t, seq_id*t->nb[2] + h*t->nb[1], seq.fixed[il]*t->nb[0] });
+            }
+        }
+        if (ggml_tensor * t = layer.sums) { // rows whose queries are kept come last, and have nothing yet
+            for (uint32_t h = 0; h < layer.n_head_kv; ++h) {
+                res.push_back({ il, t, seq_id*t->nb[2] + h*t->nb[1], (seq.used[il] - (seq.next - seq.queries_from))*t->nb[0] });
             }
         }
         if (ggml_tensor * t = layer.queries) {
@@ -79,6 +87,9 @@ std::vector<std::pair<std::string, uint32_t>> identity_of(const ziggurat_kv_cach
         add("number of KV heads",  layer.n_head_kv);
         add("budget",              layer.budget);
         add("number of rows",      layer.capacity);
+        if (layer.slides) {
+            add("sliding window",  kv.hparams.n_swa);
+        }
     }
     return res;
 }
@@ -144,9 +155,14 @@ ziggurat_kv_sequence read_numbers(llama_io_read_i & io, const ziggurat_kv_cache 
         if (budget < least || budget > most) {
             fail_impossible("budget", il);
         }
+        // a selection leaves no queries to be summed up
+        if (kv.sums_up() && !kv.layers[il].slides && used < fixed + (uint32_t) (seq.next - seq.queries_from)) {
+            fail_impossible("number of queries", il);
+        }
         const bool whole    = fixed == 0 && used == (uint32_t) seq.next;
+        const bool slid     = fixed == 0 && used < (uint32_t) seq.next && used + 1 >= kv.hparams.n_swa;
         const bool selected = kv.evicts && fixed >= least && fixed <= most && fixed <= used && used <= (uint32_t) seq.next;
-        if (used > kv.layers[il].capacity || !(whole || selected)) {
+        if (used > kv.layers[il].capacity || !(whole || (kv.layers[il].slides ? slid : selected))) {
             fail_impossible("number of rows", il);
         }
         seq.used  .push_back(used);

@@ -32,6 +32,7 @@ bool is_other_memory(llm_arch arch) {
         case LLM_ARCH_DOTS3NOTE:
         case LLM_ARCH_DEEPSEEK4:
         case LLM_ARCH_DFLASH:
+        case LLM_ARCH_GEMMA4_ASSISTANT:
             return true;
         default:
             return false;
@@ -51,16 +52,29 @@ const char * ziggurat_kv_unsupported(const struct llama_model * model) {
     if (is_other_memory(model->arch))                   { return "its attention keeps more than keys and values"; }
     if (llama_model_has_encoder(model))                 { return "it has an encoder"; }
     if (!hparams.causal_attn)                           { return "its attention is not causal"; }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE)        { return "it has sliding-window layers"; }
     if (hparams.use_alibi)                              { return "its attention depends on distances (ALiBi)"; }
-    if (hparams.attn_soft_cap || model->arch == LLM_ARCH_GROK) { return "it soft-caps attention scores"; }
+    if (model->arch == LLM_ARCH_GROK)                   { return "it scales and caps attention scores in a way of its own"; }
     if (hparams.n_pos_per_embd() != 1)                  { return "its positions have several dimensions (M-RoPE)"; }
+    bool all_slide = true;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
             return "some of its layers have no keys and values of their own";
         }
+        all_slide &= hparams.is_swa(il);
     }
-    return nullptr;
+    return all_slide ? "all of its layers have a sliding window, which bounds their rows already" : nullptr;
+}
+
+int32_t ziggurat_kv_windows(const struct llama_model * model, uint32_t * windows, size_t n) {
+    if (model == nullptr) {
+        return -1;
+    }
+    const auto & hparams = model->hparams;
+    std::vector<uint32_t> found;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        found.push_back(hparams.is_swa(il) ? hparams.n_swa : 0);
+    }
+    return write_rows(found, windows, n);
 }
 
 bool ziggurat_kv_active(const struct llama_context * ctx) {
@@ -139,7 +153,7 @@ int32_t ziggurat_kv_set_budget(struct llama_context * ctx, int32_t seq_id, const
     std::vector<uint32_t> budget;
     for (size_t il = 0; il < kv->layers.size(); ++il) {
         const auto [least, most] = kv->budget_range(il);
-        const uint32_t value = rows == nullptr ? most : std::min(rows[il], kv->n_ctx);
+        const uint32_t value = rows == nullptr || kv->layers[il].slides ? most : std::min(rows[il], kv->n_ctx);
         if (value < least || value > most) {
             kv->refusal = format("%u rows in layer %zu; the context has been made for %u to %u", value, il, least, most);
             return -1;
@@ -169,9 +183,9 @@ int32_t ziggurat_kv_select(struct llama_context * ctx, int32_t seq_id) {
     if (n_layers == 0) {
         return 0;
     }
-    if (kv->uses_queries() && seq.queries_from >= seq.next) {
+    if (kv->is_blind(seq)) {
         kv->refusal = format("sequence %d has no queries to select by: all of its last %u tokens were removed",
-                seq_id, kv->params.window);
+                seq_id, kv->observed(kv->params));
         return -1;
     }
     try {

@@ -5,6 +5,9 @@
 // llama_context_params::kv_budget points to a ziggurat_kv_params while a context is made (it is copied); NULL leaves
 // everything as it is upstream. "How many" rows a layer keeps is in `rows` and comes from the caller; "which" is
 // `score`. Models it does not fit run with the full cache; ziggurat_kv_unsupported says why.
+//
+// Layers with a sliding window have none: they keep the rows that upstream's cache keeps (never the whole context, swa_full
+// or not), and all that is said of budgets and selections here is about the other layers.
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -23,6 +26,12 @@ enum ziggurat_kv_score {
     ZIGGURAT_KV_SCORE_SNAPKV = 0, // attention that the last `window` queries pay to a row (SnapKV, arXiv 2404.14469)
     ZIGGURAT_KV_SCORE_RECENT = 1, // the latest rows, beside the sinks (StreamingLLM, arXiv 2309.17453)
     ZIGGURAT_KV_SCORE_RANDOM = 2, // rows drawn by `seed`: the control
+    ZIGGURAT_KV_SCORE_TOVA   = 3, // attention that the last query pays to a row, the mean over all heads of a layer, whose KV
+                                  // heads so keep the same rows (TOVA, arXiv 2401.06104)
+    ZIGGURAT_KV_SCORE_KEYDIFF = 4, // how little a key is like the others of its KV head: 1 - its cosine similarity to the
+                                  // mean of all keys at length 1 (KeyDiff, arXiv 2504.15364)
+    ZIGGURAT_KV_SCORE_H2O    = 5, // attention that a row has been paid by all queries so far, the mean of the query heads of
+                                  // its KV head (H2O, arXiv 2306.14048); the products of a prompt are computed twice for it
 };
 
 enum ziggurat_kv_prefill {
@@ -39,7 +48,8 @@ enum ziggurat_kv_pool {
 };
 
 // What llama.h's functions do on a context with a budget, beyond decoding. What they refuse changes nothing.
-//   llama_memory_seq_rm   removes a whole sequence, or the end of one as far as its last selection.
+//   llama_memory_seq_rm   removes a whole sequence, or the end of one as far as its last selection, and no further than
+//                         leaves a whole window of rows in layers that have a sliding one.
 //   llama_memory_seq_cp   copies a whole sequence, or one without an end that could be removed; what the other held is
 //                         gone. Every sequence has rows of its own, so a copy takes as many. Both go on alike.
 //   llama_state_seq_*     save a sequence and restore it, also in another context, if it has the same budgets, types and
@@ -49,10 +59,11 @@ enum ziggurat_kv_pool {
 
 struct ziggurat_kv_params {
     uint32_t         n_layer; // length of rows; the model's number of layers
-    const uint32_t * rows;    // rows per KV head that a layer keeps after a prompt, window and sinks included
-    uint32_t         window;  // last tokens whose queries score, and which always stay
+    const uint32_t * rows;    // rows per KV head that a layer keeps after a prompt, window and sinks included; of a layer
+                              // with a sliding window: anything
+    uint32_t         window;  // last tokens, which always stay, and whose queries score if any do (tova: the last one's)
     uint32_t         sinks;   // first tokens that always stay
-    uint32_t         pool;    // width of the pooling over positions, odd; 1 for none
+    uint32_t         pool;    // width of the pooling of scores over positions, odd; 1 for none
     int32_t          pool_type;
     uint32_t         slack;   // rows a layer has at least beyond its budget, for generated tokens
     int32_t          score;
@@ -66,9 +77,10 @@ struct ziggurat_kv_params {
 struct ziggurat_kv_layout {
     uint64_t rows_bytes;     // K and V rows of the sequences
     uint64_t position_bytes; // positions of the selected rows
-    uint64_t query_bytes;    // queries of each sequence's last `window` tokens
-    uint64_t copy_bytes;     // the same three again, of the sequences that prompts are being read for
-    uint64_t stage_bytes;    // K and V rows of the prompts being read: of one layer, or of all (the lane)
+    uint64_t query_bytes;    // queries of each sequence's last tokens, where they score
+    uint64_t sum_bytes;      // sums of attention, where they are the score
+    uint64_t copy_bytes;     // all of these again, of the sequences that prompts are being read for
+    uint64_t stage_bytes;    // K and V rows (and sums) of the prompts being read: of one layer, or of all (the lane)
     uint64_t hidden_bytes;   // hidden states of the prompts being read
     uint32_t stage_rows;     // of one prompt
     uint32_t layer_major;    // 1: prompts are read layer by layer; 0: in the lane
@@ -76,6 +88,10 @@ struct ziggurat_kv_layout {
 
 // Why a model cannot have a budget, or NULL if it can. The text is static.
 ZIGGURAT_API const char * ziggurat_kv_unsupported(const struct llama_model * model);
+
+// The sliding window of each layer in tokens, 0 for a layer that sees everything; writes at most n, returns the number of
+// layers.
+ZIGGURAT_API int32_t ziggurat_kv_windows(const struct llama_model * model, uint32_t * windows, size_t n);
 
 // Whether this context has a budget.
 ZIGGURAT_API bool ziggurat_kv_active(const struct llama_context * ctx);
@@ -125,8 +141,9 @@ ZIGGURAT_API int32_t ziggurat_kv_set_step(struct llama_context * ctx, uint32_t n
 
 // The first position from which on a sequence's end can be removed: from any position there or later llama_memory_seq_rm
 // removes the end. 0 while nothing was evicted; what follows the last token if nothing can be removed, as while a prompt
-// is being read. (The rows are then exactly those of before. Queries are of the last `window` + 16 tokens that there ever
-// were, so a selection that comes less than `window` tokens after a longer removal is by fewer of them.)
+// is being read. (The rows are then exactly those of before. Queries are of the last `window` (tova: 1) + 16 tokens that
+// there ever were, so a selection that comes less than `window` tokens after a longer removal is by fewer of them. With
+// the score h2o what a prompt's tokens, and more than the last 16 of others, had paid stays in the sums of the rows left.)
 ZIGGURAT_API int32_t ziggurat_kv_removable_from(const struct llama_context * ctx, int32_t seq_id);
 
 // Reading a prompt in steps, with whatever else the context is asked in between. A step is one ubatch in one layer, or in

@@ -47,7 +47,7 @@ class _Layout(ctypes.Structure):
     """``struct ziggurat_kv_layout``."""
 
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("rows", "positions", "queries", "copies", "stage", "hidden")),
+        *((name, ctypes.c_uint64) for name in ("rows", "positions", "queries", "sums", "copies", "stage", "hidden")),
         ("stage_rows", ctypes.c_uint32),
         ("layer_major", ctypes.c_uint32),
     ]
@@ -81,7 +81,7 @@ def require() -> None:
 
 def _has_budgets(lib: Any) -> bool:
     # the field as well: the struct travels by value, and a binding without it would pass too short a one
-    return hasattr(lib._lib, "ziggurat_kv_set_step") and hasattr(lib.llama_context_default_params(), _FIELD)
+    return hasattr(lib._lib, "ziggurat_kv_windows") and hasattr(lib.llama_context_default_params(), _FIELD)
 
 
 @lru_cache(maxsize=1)
@@ -93,6 +93,7 @@ def _functions() -> dict[str, Any]:
     u32s, i32s = ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_int32)
     signatures: dict[str, tuple[Any, ...]] = {
         "unsupported": (text, pointer),
+        "windows": (i32, pointer, u32s, size),
         "active": (ctypes.c_bool, pointer),
         "refusal": (text, pointer),
         "get_layout": (i32, pointer, ctypes.POINTER(_Layout)),
@@ -114,6 +115,18 @@ def unsupported(model: Model) -> str | None:
     """Return why a model cannot have a budget, None if it can. Raises LibraryError with a stock library."""
     reason: bytes | None = _functions()["unsupported"](model.handle)
     return None if reason is None else library.text(reason)
+
+
+def windows(model: Model) -> tuple[int, ...]:
+    """Return the sliding window of each layer in tokens, 0 for the layers that see everything.
+
+    Only the latter can have a budget. Raises LibraryError with a stock library.
+    """
+    found = (ctypes.c_uint32 * model.n_layer)()
+    count = _functions()["windows"](model.handle, found, model.n_layer)
+    if count != model.n_layer:
+        raise LibraryError(f"the library counts the windows of {count} layers, the model has {model.n_layer}")
+    return tuple(found)
 
 
 def fill(params: Any, settings: KVSettings) -> object:
@@ -166,6 +179,7 @@ class Cache:
             rows_bytes=found.rows,
             position_bytes=found.positions,
             query_bytes=found.queries,
+            sum_bytes=found.sums,
             copy_bytes=found.copies,
             stage_bytes=found.stage,
             hidden_bytes=found.hidden,

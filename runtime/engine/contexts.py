@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ziggurat.runtime import plan
-from ziggurat.runtime.bindings import Batch, Context, ContextSettings, Model
+from ziggurat.runtime.bindings import Batch, Context, ContextSettings, Model, kv
 from ziggurat.runtime.engine.generation import KVFigures
 from ziggurat.runtime.kv_policy import KVPolicy
 
@@ -29,6 +29,10 @@ class Serving:
     allocated: int = 0
     row_bytes: float = 0.0
 
+    def keeps_all(self, n_tokens: int) -> bool:
+        """Whether a prompt of so many tokens loses no row to the budget, which layers with a sliding window have not."""
+        return n_tokens <= min(rows for rows in self.rows(n_tokens) if rows)
+
 
 class Contexts:
     """Makes contexts for one model.
@@ -49,7 +53,7 @@ class Contexts:
 
     def for_prompt(self, n_tokens: int) -> Serving:
         """Return a context for one prompt of so many tokens; the one returned before is closed if it is another."""
-        rows = None if self.policy is None else self.policy.rows(self._model.n_layer, self.settings.n_ctx, n_tokens)
+        rows = None if self.policy is None else self._rows(n_tokens)
         settings = self._with_rows(rows)
         if self._serving is None or self._serving.context.settings != settings:
             if self._serving is not None:
@@ -64,7 +68,7 @@ class Contexts:
 
     def _most(self) -> tuple[int, ...]:
         assert self.policy is not None
-        return self.policy.most_rows(self._model.n_layer, self.settings.n_ctx)
+        return self.policy.most_rows(kv.windows(self._model), self.settings.n_ctx)
 
     def _with_rows(self, rows: tuple[int, ...] | None) -> ContextSettings:
         if rows is None or self.policy is None:
@@ -73,16 +77,17 @@ class Contexts:
 
     def _make(self, settings: ContextSettings) -> Serving:
         context = Context(self._model, settings)
-        kv, layout = self._figures(context), context.kv_layout()
-        kept = layout.kept_bytes if layout is not None else kv.full * settings.n_seq_max
+        figures, layout = self._figures(context), context.kv_layout()
+        kept = layout.kept_bytes if layout is not None else figures.full * settings.n_seq_max
         allocated = layout.total_bytes if layout is not None else kept
-        row_bytes = kv.full / (plan.padded(settings.n_ctx) * self._model.n_layer)
-        return Serving(context, context.new_batch(), kv, self._rows, kept, allocated, row_bytes)
+        sizes = plan.bytes_per_token(self._shape, settings.type_k, settings.type_v) if self._shape is not None else (0,)
+        row_bytes = sum(sizes) / len(sizes)
+        return Serving(context, context.new_batch(), figures, self._rows, kept, allocated, row_bytes)
 
     def _rows(self, n_tokens: int) -> tuple[int, ...]:
         if self.policy is None:
             return ()
-        return self.policy.rows(self._model.n_layer, self.settings.n_ctx, n_tokens)
+        return self.policy.rows(kv.windows(self._model), self.settings.n_ctx, n_tokens)
 
     def _figures(self, context: Context) -> KVFigures:
         if self._shape is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ziggurat.runtime import plan
@@ -17,15 +17,16 @@ from ziggurat.runtime.kv_policy import KVPolicy
 _PADDING = 1024
 
 
-def draft_settings(settings: ContextSettings, policy: KVPolicy | None, n_layer: int) -> ContextSettings:
+def draft_settings(settings: ContextSettings, policy: KVPolicy | None, windows: Sequence[int]) -> ContextSettings:
     """Return what a draft's context is made with: the target's settings, and the policy's rows for its own layers.
 
-    One prompt is read at a time, and may follow what its sequence holds.
+    ``windows`` are theirs, see ``kv_policy.Layers``; without a policy nobody asks for them. One prompt is read at a
+    time, and may follow what its sequence holds.
     """
     if policy is None:
         return replace(settings, kv=None)
     policy = replace(policy, reading=1, copies=1)
-    return replace(settings, kv=policy.settings(policy.rows(n_layer, settings.n_ctx)))
+    return replace(settings, kv=policy.settings(policy.rows(windows, settings.n_ctx)))
 
 
 def plan_draft(
@@ -36,16 +37,15 @@ def plan_draft(
     Raises ModelFileError, and UnsupportedError for cache types that do not fit its heads.
     """
     model = plan.outline(read_gguf(path))
-    if model.kv is None:
+    if model.kv is None or not model.kv.full_layers:
         policy = None
     else:
         try:
             plan.check_cache_types(model.kv, settings.type_k, settings.type_v)
         except UnsupportedError as error:  # the types were asked for the other model's sake
             raise UnsupportedError(f"the draft model {os.fspath(path)}: {error}") from None
-    return plan.plan_memory(
-        model, draft_settings(settings, policy, len(model.weights.layers)), gpu_layers=gpu_layers
-    )  # fmt: skip
+    windows = model.kv.window if model.kv is not None else ()
+    return plan.plan_memory(model, draft_settings(settings, policy, windows), gpu_layers=gpu_layers)
 
 
 def load_draft(
@@ -75,7 +75,8 @@ def load_draft(
         n_shared = _shared_vocabulary(model.vocab, target.vocab, name)
         if policy is not None and kv.unsupported(model) is not None:
             policy = None
-        context = Context(model, draft_settings(settings, policy, model.n_layer))
+        windows = kv.windows(model) if policy is not None else ()
+        context = Context(model, draft_settings(settings, policy, windows))
         _check_takes_back(context, name)
         return DraftModel(model, context, n_shared, threshold)
     except BaseException:

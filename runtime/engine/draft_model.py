@@ -125,8 +125,11 @@ class DraftModel:
 
     def _make_room(self, slot: int, n_tokens: int) -> None:
         """With a KV budget, select rows before a draft that would need it: behind it, nothing could be taken back."""
-        rows = self.context.kv_rows(slot)
-        if any(used + n_tokens > most for used, most in zip(rows, self._capacity, strict=True)):
+        asked = self.context.settings.kv
+        if not self.context.kv_active or asked is None:
+            return
+        rows = zip(asked.of_bounded(self.context.kv_rows(slot)), asked.of_bounded(self._capacity), strict=True)
+        if any(used + n_tokens > most for used, most in rows):
             self.context.kv_select(slot)
 
     def _step(self, drafts: Sequence[_Draft]) -> None:

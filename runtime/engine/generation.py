@@ -153,9 +153,11 @@ class Generation:
         left = [] if limit is None else [limit - self.n_generated]
         if not self._kv.endless:
             left.append(self._context.settings.n_ctx - len(self.job.tokens) - self.n_generated + 1)
-        if self._context.kv_active:
-            rows = self._context.kv_rows(self.slot.index)
-            free = min(most - used for most, used in zip(self._kv.rows_per_layer, rows, strict=True))
+        asked = self._context.settings.kv
+        if self._context.kv_active and asked is not None:
+            used = self._context.kv_rows(self.slot.index)
+            rows = zip(asked.of_bounded(self._kv.rows_per_layer), asked.of_bounded(used), strict=True)
+            free = min(most - held for most, held in rows)
             if free:  # else they select before this step
                 left.append(free)
         return max(1, min(left, default=2**31))

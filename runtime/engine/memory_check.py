@@ -82,9 +82,9 @@ class _Expected:
         gpu_layers = every_layer if settings.gpu_layers is None else settings.gpu_layers
         n_ctx = settings.ctx_of(model.n_ctx_train)
         context = settings.context(n_ctx)
-        if settings.kv is not None and model.kv is not None:
+        if settings.kv is not None and model.kv is not None and model.kv.full_layers:
             rows = settings.kv.rows if settings.one_shot else settings.kv.most_rows
-            context = replace(context, kv=settings.kv.settings(rows(model.kv.n_layer, n_ctx)))
+            context = replace(context, kv=settings.kv.settings(rows(model.kv.window, n_ctx)))
         contexts = [context]
         if settings.embeddings:
             contexts.append(embedding_settings(context, settings.pooling))

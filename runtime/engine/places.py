@@ -55,7 +55,7 @@ class Places:
             other = read.job.tokens
             if serves(read, job):
                 return True
-            if context.model.recurrent or (context.kv_active and len(other) > min(self._serving.rows(len(other)))):
+            if context.model.recurrent or (context.kv_active and not self._serving.keeps_all(len(other))):
                 continue  # what the two have in common cannot be had from it
             saved = min(common_prefix(job.tokens, other), n_tokens - 1) - n_held
             if worth_waiting(saved, n_tokens - n_held, round((1 - read.prompt_progress) * read.n_unread)):
@@ -72,7 +72,7 @@ class Places:
         kv = context.settings.kv
         if kv is None or not context.kv_active or n_tokens - reused < LEAST_REUSE:
             return False
-        return len(self._slots.all) > self._turns.parallel and n_tokens <= min(kv.rows)
+        return len(self._slots.all) > self._turns.parallel and n_tokens <= min(kv.bounded)
 
 
 def serves(read: Generation, job: Job) -> bool:

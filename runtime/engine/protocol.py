@@ -95,7 +95,8 @@ class GenerationStats:
     submission. ``kv_bytes`` is what the cache takes after the prompt, ``kv_bytes_peak`` the most it took, and
     ``kv_bytes_full`` what the stock library takes for this context: without a budget all three are the whole context,
     which it allocates at once. ``kv_rows_per_layer`` are the rows in use after the prompt, ``evicted_rows`` the tokens
-    seen less the rows held at the end, summed over the layers; both per KV head.
+    seen less the rows held at the end, summed over the layers that have a budget (not those with a sliding window,
+    which let go what no token sees any more); both per KV head.
 
     ``reused_tokens`` of the prompt's were there already and not read (a rate is of the others), ``queue_seconds``
     passed before it began. ``accepted_tokens`` of ``drafted_tokens`` that speculation proposed were the model's choice
@@ -178,7 +179,8 @@ class Embeddings:
 class KeptRows:
     """What a conversation's rows are of.
 
-    ``tokens`` are all that it has seen; ``budgets`` what each layer keeps of them after a prompt, and ``positions`` of
+    ``tokens`` are all that it has seen; ``budgets`` what each layer keeps of them after a prompt (0 for a layer with a
+    sliding window: its latest rows), and ``positions`` of
     which of them it has rows: per layer an int32 array of shape (KV heads, rows), ascending. Without a KV budget every
     row is kept, and both are empty.
     """

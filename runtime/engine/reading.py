@@ -57,7 +57,7 @@ class Reading:
         """
         if n_tokens > self._piece:
             return False
-        return not self._context.kv_active or (not n_held and n_tokens <= min(self._serving.rows(n_tokens)))
+        return not self._context.kv_active or (not n_held and self._serving.keeps_all(n_tokens))
 
     def discard(self, generation: Generation) -> None:
         """Read this prompt no more."""

@@ -215,7 +215,9 @@ class Slots:
         if context.kv_active:
             rows = context.kv_rows(slot.index)
             slot.rows = sum(rows)
-            slot.evicted = len(slot.tokens) * len(rows) - slot.rows
+            # layers with a sliding window let rows go that no token sees any more
+            bounded = rows if context.settings.kv is None else context.settings.kv.of_bounded(rows)
+            slot.evicted = len(slot.tokens) * len(bounded) - sum(bounded)
         else:
             slot.rows = len(slot.tokens) * context.model.n_layer
         slot.removable_from = context.removable_from(slot.index)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ziggurat.runtime.bindings import Context, Model, Vocab
+from ziggurat.runtime.bindings import Context, Model, Vocab, kv
 from ziggurat.runtime.errors import InvalidRequestError
 from ziggurat.runtime.evaluate.choices_file import Question
 from ziggurat.runtime.evaluate.decoder import DecodeSettings, Logits
@@ -250,7 +250,7 @@ def evaluate_choices(
     most = max(len(item.endings) for item in items)
     n_seq = max(most, min(_MAX_SEQUENCES, _MAX_ROWS // n_ctx))
     policy = settings.kv
-    kept = [policy.rows(model.n_layer, n_ctx, len(item.prefix)) for item in items] if policy is not None else None
+    kept = [policy.rows(kv.windows(model), n_ctx, len(item.prefix)) for item in items] if policy is not None else None
     largest = tuple(map(max, zip(*kept, strict=True))) if kept is not None else None
     scores: list[list[float]] = []
     with Context(model, settings.context(n_ctx, min(settings.n_batch, _MAX_BATCH), n_seq, largest)) as context:

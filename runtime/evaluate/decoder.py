@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from ziggurat.runtime.bindings import Context, ContextSettings, Model
+from ziggurat.runtime.bindings import Context, ContextSettings, Model, kv
 from ziggurat.runtime.errors import InvalidRequestError
 from ziggurat.runtime.evaluate.chunks import Chunks, Step
 from ziggurat.runtime.evaluate.monitor import Monitor
@@ -76,7 +76,7 @@ class ChunkDecoder:
         whole = settings.n_batch >= n_ctx or settings.kv is not None
         self.n_batch = at_once * n_ctx if whole else settings.n_batch
         self._chunks = chunks
-        kept = settings.kv.rows(model.n_layer, n_ctx, chunks.first) if settings.kv is not None else None
+        kept = settings.kv.rows(kv.windows(model), n_ctx, chunks.first) if settings.kv is not None else None
         #: Rows that each layer keeps of a prompt, None for all.
         self.kept = kept
         self._context = Context(model, settings.context(n_ctx, self.n_batch, at_once, kept))

@@ -90,14 +90,17 @@ def _with_budget(
     hidden = model.n_embd * n_ubatch * _F32
     end = (model.n_vocab + 2 * model.n_embd) * tokens * _F32
     feed_forward = (3 * model.n_ff + 4 * model.n_embd) * tokens * _F32
-    few = min(*budget.capacity, padded(max(min(budget.kv.rows), tokens // n_seq)))
-    in_place = few * tokens * mask_value + kv.n_layer * tokens * _I64
-    in_place += max(feed_forward, _attention(model, kv, tokens, [few] * kv.n_layer, flash_attention=flash_attention))
+    least = min(budget.capacity[layer] for layer in kv.full_layers)
+    few = min(least, padded(max(min(budget.kv.bounded), tokens // n_seq)))
+    ring = max((rows for rows, window in zip(budget.capacity, kv.window, strict=True) if window), default=0)
+    rows = [ring if window else few for window in kv.window]
+    in_place = (few + ring) * tokens * mask_value + kv.n_layer * tokens * _I64
+    in_place += max(feed_forward, _attention(model, kv, tokens, rows, flash_attention=flash_attention))
     if not budget.stage_rows:
         return max(end, in_place)
-    staged = [budget.stage_rows] * kv.n_layer
-    mask = budget.stage_rows * n_ubatch * mask_value
-    observed = budget.stage_rows * budget.kv.window if budget.kv.score == "snapkv" else 0
+    staged = [ring if window else budget.stage_rows for window in kv.window]
+    mask = (budget.stage_rows + ring) * n_ubatch * mask_value
+    observed = 0 if budget.kv.score == "h2o" else budget.stage_rows * budget.kv.observed
     group = max(heads // max(1, of) for heads, of in zip(kv.n_head, kv.n_head_kv, strict=True))
     # K as well as V; rarely of different sizes
     selected = min(max(budget.kv.rows), budget.stage_rows) * budget.largest_row // 2

@@ -79,6 +79,11 @@ class KVShape:
         """Number of layers with a cache of their own."""
         return len(self.n_head_kv)
 
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """The layers that see everything: those that can have a budget."""
+        return tuple(layer for layer, window in enumerate(self.window) if not window)
+
     def key_width(self, layer: int) -> int:
         """Values in one K row of a layer."""
         return self.n_head_kv[layer] * self.key_length

@@ -166,6 +166,7 @@ class MemoryPlan:
             "rows_bytes": sum(budget.rows),
             "position_bytes": sum(budget.positions),
             "query_bytes": sum(budget.queries),
+            "sum_bytes": sum(budget.sums),
             "prompts_at_a_time": min(kv.n_reading, self.settings.n_seq_max),
             "copy_bytes": sum(budget.copies),
             "stage_bytes": budget.stage,

@@ -51,10 +51,10 @@ class Planner:
 
         Raises UnsupportedError for cache types that do not fit the heads, ContextError when the library refuses.
         """
-        if self._policy is not None and self.model.kv is not None:
+        if self._policy is not None and self.model.kv is not None and self.model.kv.full_layers:
             rows = self._policy.rows if settings.n_seq_max == 1 else self._policy.most_rows
             policy = dataclasses.replace(self._policy, reading=self._policy.lanes(settings.n_seq_max))
-            kv = policy.settings(rows(self.model.kv.n_layer, settings.n_ctx))
+            kv = policy.settings(rows(self.model.kv.window, settings.n_ctx))
             settings = dataclasses.replace(settings, kv=kv)
         estimate = plan_memory(self.model, settings, gpu_layers=self._gpu_layers)
         if (

@@ -19,7 +19,7 @@ from helpers.stock import Gguf
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2}
-SCORES = ("snapkv", "recent", "random")
+SCORES = ("snapkv", "recent", "random", "tova", "keydiff", "h2o")
 PREFILLS = ("exact", "bounded", "chunked", "lane")
 POOLS = ("avg", "max")
 
@@ -58,6 +58,7 @@ class Layout(ctypes.Structure):
         ("rows_bytes", ctypes.c_uint64),
         ("position_bytes", ctypes.c_uint64),
         ("query_bytes", ctypes.c_uint64),
+        ("sum_bytes", ctypes.c_uint64),
         ("copy_bytes", ctypes.c_uint64),
         ("stage_bytes", ctypes.c_uint64),
         ("hidden_bytes", ctypes.c_uint64),
@@ -160,6 +161,7 @@ class BudgetContext:
         p.n_batch = batch or p.n_ctx
         p.n_ubatch = ubatch or p.n_batch
         p.n_seq_max, p.kv_unified = n_seq, unified
+        p.swa_full = False  # without a budget layers with a sliding window bound their rows as well
         p.n_threads = p.n_threads_batch = threads
         p.type_k, p.type_v = (TYPES[name] for name in types)
         enabled, disabled = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -22,6 +22,12 @@ SHAPES = {
     "head_32": Shape(n_layer=2, n_head=4, n_head_kv=2, head_dim=32),
     "head_96": Shape(n_layer=2, n_head=2, n_head_kv=2, head_dim=96),
     "wide": Shape(n_layer=2, n_head=2, n_head_kv=1, head_dim=64),
+    # the middle layer has a window that nearly fills the 256 rows of its ring, or one that leaves room
+    "sliding": Shape("gemma2", n_layer=3, sliding_window=230, slides=(False, True, False), softcap=1.5),
+    "sliding_short": Shape("gemma2", n_layer=3, sliding_window=30, slides=(False, True, False), softcap=1.5),
+    "sliding_wide": Shape(
+        "gemma3", n_layer=2, n_head=2, n_head_kv=1, head_dim=64, sliding_window=30, slides=(True, False)
+    ),
 }
 
 #: For the models of three layers.

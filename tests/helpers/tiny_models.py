@@ -24,7 +24,10 @@ CHATML = (
 class Shape:
     """The shape of a tiny model; ``n_head`` and ``n_head_kv`` may have one entry per layer.
 
-    Architectures: llama, qwen2, qwen3, phi3, granite, gemma2, gemma3; with experts (two used) llama and qwen3moe.
+    Architectures: llama, qwen2, qwen3, phi3, granite, gemma2, gemma3, olmo2, gpt2; with experts (two used) llama,
+    qwen3moe, gpt-oss.
+    ``slides`` says which layers have the sliding window, where it is not the architecture's own pattern; ``softcap``
+    bounds gemma2's attention scores.
     """
 
     arch: str = "llama"
@@ -36,6 +39,8 @@ class Shape:
     n_ff: int = 96
     n_ctx: int = 1024
     sliding_window: int | None = None
+    slides: tuple[bool, ...] | None = None
+    softcap: float | None = None
     n_expert: int = 0
 
     def heads(self, layer: int) -> tuple[int, int]:
@@ -134,8 +139,16 @@ def _write_metadata(writer: gguf.GGUFWriter, shape: Shape) -> None:
     writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
+    if shape.arch == "gpt2":
+        writer.add_layer_norm_eps(1e-5)
     if shape.sliding_window is not None:
         writer.add_sliding_window(shape.sliding_window)
+    if shape.slides is not None:
+        writer.add_sliding_window_pattern(list(shape.slides))
+    if shape.softcap is not None:
+        writer.add_attn_logit_softcapping(shape.softcap)
+    if shape.arch == "gemma3":
+        writer.add_rope_freq_base(1e6)  # of the layers that see everything
     if shape.n_expert:
         writer.add_expert_count(shape.n_expert)
         writer.add_expert_used_count(2)
@@ -170,28 +183,47 @@ def _tensors(shape: Shape, tokens: Tokens, rng: np.random.Generator) -> Iterator
     output[[index for index, kind in enumerate(tokens.types) if kind in (CONTROL, UNKNOWN)]] = 0
     yield "token_embd.weight", rng.normal(0, 1, output.shape).astype(np.float32)
     yield "output_norm.weight", ones(shape.n_embd)
+    if shape.arch == "gpt2":
+        yield "output_norm.bias", normal(shape.n_embd)
+        yield "position_embd.weight", normal(shape.n_ctx, shape.n_embd)
     if shape.arch != "gemma2":  # always tied
         yield "output.weight", output
     for layer in range(shape.n_layer):
         n_head, n_head_kv = shape.heads(layer)
         block = f"blk.{layer}."
-        yield block + "attn_norm.weight", ones(shape.n_embd)
+        if shape.arch != "olmo2":
+            yield block + "attn_norm.weight", ones(shape.n_embd)
         heads = {"q": n_head * shape.head_dim, "k": n_head_kv * shape.head_dim, "v": n_head_kv * shape.head_dim}
-        if shape.arch == "phi3":
+        if shape.arch in ("phi3", "gpt2"):
             yield block + "attn_qkv.weight", normal(sum(heads.values()), shape.n_embd)
         else:
             for part, extent in heads.items():
                 yield f"{block}attn_{part}.weight", normal(extent, shape.n_embd)
-                if shape.arch == "qwen2":
+                if shape.arch in ("qwen2", "gpt-oss"):
                     yield f"{block}attn_{part}.bias", rng.normal(0, 0.5, extent).astype(np.float32)
         yield block + "attn_output.weight", normal(shape.n_embd, n_head * shape.head_dim)
         if shape.arch in ("qwen3", "qwen3moe", "gemma3"):
             yield block + "attn_q_norm.weight", ones(shape.head_dim)
             yield block + "attn_k_norm.weight", ones(shape.head_dim)
-        if shape.arch in ("gemma2", "gemma3"):
+        if shape.arch == "olmo2":  # over all heads
+            yield block + "attn_q_norm.weight", ones(heads["q"])
+            yield block + "attn_k_norm.weight", ones(heads["k"])
+        if shape.arch == "gpt2":
+            widths = {"attn_norm": shape.n_embd, "attn_qkv": sum(heads.values()), "ffn_up": shape.n_ff}
+            for name, width in widths.items():
+                yield f"{block}{name}.bias", normal(width)
+            for name in ("attn_output", "ffn_norm", "ffn_down"):
+                yield f"{block}{name}.bias", normal(shape.n_embd)
+        if shape.arch in ("gemma2", "gemma3", "gpt-oss", "olmo2"):
             yield block + "post_attention_norm.weight", ones(shape.n_embd)
+        if shape.arch in ("gemma2", "gemma3", "olmo2"):
             yield block + "post_ffw_norm.weight", ones(shape.n_embd)
-        yield block + "ffn_norm.weight", ones(shape.n_embd)
+        if shape.arch == "gpt-oss":
+            # some of them weigh more than hundreds of rows together
+            yield block + "attn_sinks.weight", np.where(np.arange(n_head) % 2, 8, 0).astype(np.float32)
+            yield block + "attn_output.bias", normal(shape.n_embd)
+        elif shape.arch != "olmo2":
+            yield block + "ffn_norm.weight", ones(shape.n_embd)
         yield from _ffn(shape, block, normal)
 
 
@@ -202,10 +234,16 @@ def _ffn(shape: Shape, block: str, normal: Callable[..., np.ndarray]) -> Iterato
         yield block + "ffn_gate_inp.weight", 4 * normal(shape.n_expert, shape.n_embd)  # far from ties in the routing
     if shape.arch == "phi3":
         yield block + "ffn_up.weight", normal(2 * shape.n_ff, shape.n_embd)
+    elif shape.arch == "gpt2":
+        yield block + "ffn_up.weight", normal(shape.n_ff, shape.n_embd)
     else:
         yield block + "ffn_gate" + suffix, normal(*experts, shape.n_ff, shape.n_embd)
         yield block + "ffn_up" + suffix, normal(*experts, shape.n_ff, shape.n_embd)
     yield block + "ffn_down" + suffix, normal(*experts, shape.n_embd, shape.n_ff)
+    if shape.arch == "gpt-oss":
+        yield block + "ffn_gate_inp.bias", normal(shape.n_expert)
+        for part, width in (("gate", shape.n_ff), ("up", shape.n_ff), ("down", shape.n_embd)):
+            yield f"{block}ffn_{part}_exps.bias", normal(shape.n_expert, width)
 
 
 def write_split_model(folder: Path) -> list[Path]:

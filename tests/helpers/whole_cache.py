@@ -11,7 +11,7 @@ from ziggurat.runtime.bindings import Batch, KVLayout, KVSettings, Progress, kv,
 from ziggurat.runtime.errors import ContextError, DecodeAborted
 
 STEP = 32  # tokens
-LAYOUT = KVLayout(1000, 200, 30, 60, 400, 50, stage_rows=256, layer_major=True)
+LAYOUT = KVLayout(1000, 200, 30, 0, 60, 400, 50, stage_rows=256, layer_major=True)
 
 
 class WholeCache:
@@ -81,4 +81,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[KVSettings]:
     monkeypatch.setattr(kv, "Cache", WholeCache)
     monkeypatch.setattr(kv, "require", lambda: None)
     monkeypatch.setattr(kv, "unsupported", lambda _model: None)
+    monkeypatch.setattr(kv, "windows", lambda model: (0,) * model.n_layer)
     return made

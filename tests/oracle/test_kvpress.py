@@ -70,9 +70,9 @@ def kept_by(press: Any, folder: Path, prompt: list[int]) -> list[Ints]:
     return positions
 
 
-def compare(gguf: Path, prompt: list[int], theirs: list[Ints]) -> None:
-    """The reference and the library against theirs, whose numbers of rows are taken."""
-    budget = Budget(tuple(rows.shape[1] for rows in theirs), window=WINDOW, sinks=0, pool=5)
+def compare(gguf: Path, prompt: list[int], theirs: list[Ints], **how: Any) -> None:
+    """The reference and the library against theirs, whose numbers of rows are taken; `how` is the budget's."""
+    budget = Budget(tuple(rows.shape[1] for rows in theirs), **{"window": WINDOW, "sinks": 0, "pool": 5, **how})
     reference = ReferenceSequence(Weights(gguf), budget)
     reference.read(prompt)
     swaps = [reference.swaps(layer, rows, TIE) for layer, rows in enumerate(theirs)]
@@ -101,3 +101,43 @@ def test_pyramidkv(folder: Path, gguf: Path, prompt: list[int]) -> None:
     theirs = kept_by(press, folder, prompt)
     assert theirs[0].shape[1] > theirs[-1].shape[1]
     compare(gguf, prompt, theirs)
+
+
+def always_kept(press: Any, window: int, **options: Any) -> Any:
+    """A press of this kind that keeps the last rows in any case, as the library does whatever the score is."""
+
+    class Kept(press):  # type: ignore[misc]
+        def score(self, *arguments: Any, **named: Any) -> Any:
+            scores = super().score(*arguments, **named)
+            scores[..., -window:] = scores.max() + 1
+            return scores
+
+    return Kept(**options)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.88])
+def test_tova(folder: Path, gguf: Path, prompt: list[int], ratio: float) -> None:
+    theirs = kept_by(kvpress.TOVAPress(compression_ratio=ratio), folder, prompt)
+    assert all(np.array_equal(rows[0], rows[1]) for rows in theirs)
+    compare(gguf, prompt, theirs, score="tova", window=1, pool=1)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.88])
+def test_keydiff(folder: Path, gguf: Path, prompt: list[int], ratio: float) -> None:
+    press = always_kept(kvpress.KeyDiffPress, WINDOW, compression_ratio=ratio)
+    compare(gguf, prompt, kept_by(press, folder, prompt), score="keydiff", pool=1)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.88])
+def test_h2o(folder: Path, gguf: Path, prompt: list[int], ratio: float) -> None:
+    """Their mean over the queries that see a row, as the sum of H2O's paper."""
+
+    class Summed(kvpress.ObservedAttentionPress):  # type: ignore[misc]
+        def score(self, *arguments: Any, **named: Any) -> Any:
+            import torch
+
+            means = super().score(*arguments, **named)
+            return means * torch.arange(means.shape[-1], 0, -1)
+
+    press = always_kept(Summed, WINDOW, compression_ratio=ratio)
+    compare(gguf, prompt, kept_by(press, folder, prompt), score="h2o", pool=1)

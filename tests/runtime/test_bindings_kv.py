@@ -40,7 +40,7 @@ ROWS = (100, 90)
         ({"slack": 2**20 + 1}, "slack is"),
         ({"pool": 4}, "pool is 4; it must be odd"),
         ({"pool_type": "median"}, "no pool_type 'median': avg, max"),
-        ({"score": "tova"}, "no score 'tova': snapkv, recent, random"),
+        ({"score": "psychic"}, "no score 'psychic': snapkv, recent, random, tova, keydiff, h2o"),
         ({"prefill": "lazy"}, "no prefill 'lazy': exact, bounded, chunked, lane"),
     ],
 )
@@ -402,12 +402,12 @@ def test_rows_for_another_number_of_layers_are_refused(spm_model: Model) -> None
 
 @pytest.mark.usefixtures("budgets")
 def test_a_model_that_cannot_runs_with_every_row(tmp_path: Path) -> None:
-    shape = tiny_models.Shape(arch="gemma3", n_layer=6, sliding_window=64)
+    shape = tiny_models.Shape(arch="gemma3", n_layer=3, sliding_window=64)
     with Model(tiny_models.write_model(tmp_path / "m.gguf", shape)) as model:
         reason = kv.unsupported(model)
         assert reason
         assert "\n" not in reason
-        with Context(model, budget(kv={"rows": (100,) * 6})) as context:
+        with Context(model, budget(kv={"rows": (100,) * 3})) as context:
             assert not context.kv_active
             read(context, TOKENS[:400])
             assert context.kv_rows(0) == ()

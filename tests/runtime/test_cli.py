@@ -181,8 +181,6 @@ def test_every_flag_of_the_contract(ziggurat: Ziggurat, chat_path: Path, tmp_pat
         ("--kv-schedule uniform --kv-window 16", "--kv-schedule, --kv-window: says how to keep a budget"),
         ("--kv-budget 512 --kv-policy none", "--kv-budget: --kv-policy none keeps every row"),
         ("--kv-budget 20", "--kv-budget 20: has no room for the window (32) and the sinks (4): give at least 36"),
-        ("--kv-budget 512 --kv-policy h2o", "the score h2o (H2O (Zhang et al. 2023)) is not there yet; take one of"),
-        ("--kv-budget 9% --kv-score tova", "the score tova (TOVA (Oren et al. 2024)) is not there yet"),
         ("--kv-budget many", "--kv-budget many: give a number of rows above 0, or a part of the prompt such as 12%"),
         ("--kv-budget 99 --kv-window 0", "'--kv-window'"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,15 @@ TIE, FLASH_TIE = 1e-4, 1e-3
 @pytest.fixture(scope="module")
 def weights(kv_files: Models) -> Weights:
     return Weights(kv_files["gqa"])
+
+
+#: Scores that are not the latest rows or chance.
+COMPUTED = ("snapkv", "tova", "keydiff", "h2o")
+
+
+def scored(score: str, budget: Budget) -> Budget:
+    """The budget by another score, which like the published ones is not pooled."""
+    return replace(budget, score=score, pool=budget.pool if score == "snapkv" else 1)
 
 
 def follow(reference: ReferenceSequence, context: BudgetContext, tie: float = TIE, sequence: int = 0) -> None:
@@ -39,13 +50,16 @@ def same(a: list[Ints], b: list[Ints]) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("score", COMPUTED)
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize(
     ("shape", "ubatch"),
     [("gqa", 1), ("gqa", 32), ("gqa", 512), ("gqa", None), ("mha", 32), ("mqa", 32), ("uneven", 32), ("head_32", 96)],
 )
-def test_kept_rows_are_the_references(kv_files: Models, shape: str, ubatch: int | None, flash: bool) -> None:
-    budget = Budget(ROWS[: SHAPES[shape].n_layer])
+def test_kept_rows_are_the_references(
+    kv_files: Models, shape: str, ubatch: int | None, flash: bool, score: str
+) -> None:
+    budget = scored(score, Budget(ROWS[: SHAPES[shape].n_layer]))
     reference = ReferenceSequence(Weights(kv_files[shape]), budget)
     reference.read(tokens(LENGTH))
     with BudgetModel(kv_files[shape]) as model, model.context(1024, budget, ubatch=ubatch, flash=flash) as context:
@@ -66,9 +80,10 @@ def test_kept_rows_are_the_references(kv_files: Models, shape: str, ubatch: int 
     ids=str,
 )
 @pytest.mark.parametrize("shape", ["head_32", "wide"])
-def test_batch_size_does_not_matter(kv_files: Models, shape: str, options: dict[str, object]) -> None:
+@pytest.mark.parametrize("score", COMPUTED)
+def test_batch_size_does_not_matter(kv_files: Models, shape: str, options: dict[str, object], score: str) -> None:
     """Also for rows of fewer bits, where another order of sums moves scores further."""
-    budget = Budget((40, 24))
+    budget = scored(score, Budget((40, 24)))
     with BudgetModel(kv_files[shape]) as model:
         sets = [kept_of(model, tokens(300), budget, 512, ubatch=ubatch, **options) for ubatch in (None, 256, 32, 1)]
     for other in sets[1:]:
@@ -89,8 +104,14 @@ def test_batch_size_does_not_matter(kv_files: Models, shape: str, options: dict[
         Budget((10, 11, 700)),  # window and sinks alone; the last layer keeps all
         Budget((699, 12, 1024)),
         Budget((256, 257, 255), slack=1),
+        Budget(ROWS, pool=1, score="tova"),
+        Budget(ROWS, pool=5, score="tova", window=1, sinks=0),
+        Budget(ROWS, pool=1, score="keydiff"),
+        Budget(ROWS, pool=1, score="h2o", window=3),
+        Budget(ROWS, pool=5, score="h2o", window=20, sinks=0),
+        Budget(ROWS, pool=7, score="keydiff", pool_type="max", window=1),
     ],
-    ids=lambda b: f"{b.rows}-w{b.window}-s{b.sinks}-{b.pool}{b.pool_type}",
+    ids=lambda b: f"{b.score}-{b.rows}-w{b.window}-s{b.sinks}-{b.pool}{b.pool_type}",
 )
 @pytest.mark.parametrize("ubatch", [48, None])
 def test_every_setting(kv_model: BudgetModel, weights: Weights, budget: Budget, ubatch: int | None) -> None:
@@ -101,10 +122,11 @@ def test_every_setting(kv_model: BudgetModel, weights: Weights, budget: Budget, 
         follow(reference, context)
 
 
+@pytest.mark.parametrize("score", COMPUTED)
 @pytest.mark.parametrize("length", [2, 8, 9, 24, 25, 33, 41, 65, 257])
-def test_short_prompts_and_last_chunks(kv_model: BudgetModel, weights: Weights, length: int) -> None:
+def test_short_prompts_and_last_chunks(kv_model: BudgetModel, weights: Weights, length: int, score: str) -> None:
     """Prompts below the window, at a budget, one above it; last chunks of one token and of less than the window."""
-    budget = Budget(ROWS)
+    budget = scored(score, Budget(ROWS))
     for ubatch in (5, 32, None):
         reference = ReferenceSequence(weights, budget)
         reference.read(tokens(length, 2))
@@ -114,10 +136,13 @@ def test_short_prompts_and_last_chunks(kv_model: BudgetModel, weights: Weights, 
             follow(reference, context)
 
 
+@pytest.mark.parametrize("score", COMPUTED)
 @pytest.mark.parametrize("ubatch", [32, None])
-def test_turns_continue_on_the_kept_rows(kv_model: BudgetModel, weights: Weights, ubatch: int | None) -> None:
+def test_turns_continue_on_the_kept_rows(
+    kv_model: BudgetModel, weights: Weights, ubatch: int | None, score: str
+) -> None:
     """A second prompt, one shorter than the window, one of a single token too many, and a long one."""
-    budget = Budget(ROWS)
+    budget = scored(score, Budget(ROWS))
     reference = ReferenceSequence(weights, budget)
     with kv_model.context(1024, budget, ubatch=ubatch) as context:
         for turn, length in enumerate((300, 120, 3, 25, 500)):
@@ -127,9 +152,10 @@ def test_turns_continue_on_the_kept_rows(kv_model: BudgetModel, weights: Weights
         assert context.last() == 300 + 120 + 3 + 25 + 500 - 1
 
 
-def test_generation_selects_when_a_layer_is_full(kv_model: BudgetModel, weights: Weights) -> None:
+@pytest.mark.parametrize("score", COMPUTED)
+def test_generation_selects_when_a_layer_is_full(kv_model: BudgetModel, weights: Weights, score: str) -> None:
     """By the queries of the last tokens, which were generated; endlessly, far beyond the context."""
-    budget = Budget(ROWS, slack=1)
+    budget = scored(score, Budget(ROWS, slack=1))
     reference = ReferenceSequence(weights, budget)
     reference.read(tokens(200))
     selections = 0
@@ -155,8 +181,9 @@ def test_generation_selects_when_a_layer_is_full(kv_model: BudgetModel, weights:
     assert reference.n == 800
 
 
-def test_selecting_on_request(kv_model: BudgetModel, weights: Weights) -> None:
-    budget = Budget(ROWS)
+@pytest.mark.parametrize("score", COMPUTED)
+def test_selecting_on_request(kv_model: BudgetModel, weights: Weights, score: str) -> None:
+    budget = scored(score, Budget(ROWS))
     reference = ReferenceSequence(weights, budget)
     with kv_model.context(512, budget, ubatch=64) as context:
         context.read(tokens(30))
@@ -173,8 +200,9 @@ def test_selecting_on_request(kv_model: BudgetModel, weights: Weights) -> None:
         assert context.select() == 0
 
 
-def test_a_sequence_with_a_budget_of_its_own(kv_model: BudgetModel, weights: Weights) -> None:
-    budget, own = Budget(ROWS), Budget((20, 64, 12))
+@pytest.mark.parametrize("score", COMPUTED)
+def test_a_sequence_with_a_budget_of_its_own(kv_model: BudgetModel, weights: Weights, score: str) -> None:
+    budget, own = (scored(score, Budget(rows)) for rows in (ROWS, (20, 64, 12)))
     reference, other = ReferenceSequence(weights, own), ReferenceSequence(weights, budget)
     with kv_model.context(512, budget, n_seq=2, ubatch=64) as context:
         assert context.set_budget(0, own.rows) == 0
@@ -211,8 +239,9 @@ def test_random_rows(kv_model: BudgetModel) -> None:
     assert not same(sets, kept_of(kv_model, tokens(LENGTH), Budget(ROWS, score="random", seed=2)))
 
 
-def test_chunked_selects_after_every_ubatch(kv_model: BudgetModel, weights: Weights) -> None:
-    budget = Budget(ROWS, prefill="chunked")
+@pytest.mark.parametrize("score", COMPUTED)
+def test_chunked_selects_after_every_ubatch(kv_model: BudgetModel, weights: Weights, score: str) -> None:
+    budget = scored(score, Budget(ROWS, prefill="chunked"))
     reference = ReferenceSequence(weights, budget)
     exact = ReferenceSequence(weights, budget)
     prompt = tokens(512)

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.kv_library import Budget, BudgetModel
 from helpers.kv_models import tokens
-from helpers.kv_reference import RING_SPARE
+from helpers.kv_reference import RING_SPARE, SETTLED
 from helpers.tiny_models import Shape, write_model
 from ziggurat.runtime.bindings.memory import measure
 
@@ -33,6 +33,7 @@ def padded(n: int) -> int:
         Budget((40, 300, 256), slack=8),
         Budget((40, 300, 5000), slack=1),
         Budget((248, 249, 64), slack=8, score="recent"),
+        Budget((40, 300, 250), slack=8, score="h2o"),
         Budget((1024, 2000, 1500)),  # nothing can be evicted
     ],
     ids=lambda budget: str(budget.rows),
@@ -55,8 +56,13 @@ def test_bytes(
     rows = [min(rows, N_CTX) for rows in budget.rows]
     full = min(rows) == N_CTX
     capacity = [N_CTX if full else padded(n + budget.slack) for n in rows]
-    per_query = shape.head_dim * (budget.window + RING_SPARE) * (4 if types[0] == "f32" else 2)
-    scored = budget.score == "snapkv" and not full
+    per_query = (
+        shape.head_dim
+        * ((SETTLED if budget.score == "h2o" else budget.window) + RING_SPARE)
+        * (4 if types[0] == "f32" else 2)
+    )
+    scored = budget.score in ("snapkv", "h2o") and not full
+    summed = budget.score == "h2o" and not full
     budget = replace(budget, prefill="lane" if lane else "exact", n_reading=asked, n_copies=copies)
     n_reading = min(asked, n_seq)
     with BudgetModel(write_model(tmp_path / "m.gguf", shape)) as model:
@@ -69,13 +75,18 @@ def test_bytes(
             assert layout.position_bytes == (n_seq + 1) * positions  # and what a selection is about to keep
             queries = sum(n * per_query for n, _ in heads) if scored else 0
             assert layout.query_bytes == n_seq * queries
-            one = layout.rows_bytes // n_seq + positions + queries
+            sums = sum(4 * n * kv for n, (_, kv) in zip(capacity, heads, strict=True)) if summed else 0
+            assert layout.sum_bytes == (n_seq + 1) * sums  # and what they are to be
+            one = layout.rows_bytes // n_seq + positions + queries + sums
             assert layout.copy_bytes == (0 if full or copies == 0 else n_reading * one)
             assert layout.stage_rows == (0 if full else N_CTX)
-            assert layout.stage_bytes == n_reading * layout.stage_rows * (sum(row) if lane else max(row))
+            staged = sum(row) if lane else max(row)
+            if summed:
+                staged += 4 * (sum(kv for _, kv in heads) if lane else max(kv for _, kv in heads))
+            assert layout.stage_bytes == n_reading * layout.stage_rows * staged
             assert layout.hidden_bytes == (0 if full or lane else n_reading * 4 * shape.n_embd * N_CTX)
             (cpu,) = (buffer for buffer in measure(context) if buffer.context)  # type: ignore[arg-type]
-            wanted = sum(getattr(layout, name) for name in ("rows_bytes", "position_bytes", "query_bytes",
+            wanted = sum(getattr(layout, name) for name in ("rows_bytes", "position_bytes", "query_bytes", "sum_bytes",
                                                             "copy_bytes", "stage_bytes", "hidden_bytes"))  # fmt: skip
             assert wanted <= cpu.context <= wanted + 4096
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,13 @@ FIT = {
     "qwen3moe": Shape("qwen3moe", n_expert=4),
     "phi3": Shape("phi3"),
     "granite": Shape("granite"),
+    # the last layer of each period sees everything
+    "gemma2": Shape("gemma2", sliding_window=50, softcap=1.5),
+    "gemma3": Shape("gemma3", n_layer=6, sliding_window=50),
+    "gpt-oss": Shape("gpt-oss", sliding_window=50, n_expert=2),
 }
 UNFIT: dict[str, Callable[[Path], Path]] = {
-    "sliding window, soft caps": lambda path: write_model(path, Shape("gemma2", sliding_window=64)),
-    "sliding window": lambda path: write_model(path, Shape("gemma3", n_layer=6, sliding_window=64)),
+    "only sliding windows": lambda path: write_model(path, Shape("gemma3", n_layer=3, sliding_window=64)),
     "linear biases": write_bloom,
     "recurrent": write_mamba,
 }
@@ -37,7 +41,7 @@ UNFIT: dict[str, Callable[[Path], Path]] = {
 def test_architectures(name: str, prefill: str, flash: bool, tmp_path: Path) -> None:
     """Kept rows, prompt logits and logits after eviction, two turns. Bounded: layer by layer or not at all."""
     path = write_model(tmp_path / "m.gguf", FIT[name], seed=5)
-    budget = Budget((40, 24), prefill=prefill)
+    budget = Budget((40, 24) * (FIT[name].n_layer // 2), prefill=prefill)
     weights = Weights(path)
     limit = 1e-4 if flash else 1e-6  # flash attention rounds to F16, which can move a token to another expert
     with BudgetModel(path) as model:
@@ -58,6 +62,34 @@ def test_architectures(name: str, prefill: str, flash: bool, tmp_path: Path) -> 
                     reference.select(kept)
                     for token in tokens(3, 9):
                         assert nmse(context.read([token]), reference.read([token]).astype(np.float32)) < limit
+
+
+FAMILIES = FIT | {
+    "gpt2": Shape("gpt2", n_head_kv=4),
+    "olmo2": Shape("olmo2"),
+    "olmo2, sliding": Shape("olmo2", n_layer=4, sliding_window=50),
+}
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layer_by_layer_is_the_lane_to_the_last_bit(name: str, flash: bool, tmp_path: Path) -> None:
+    """For every family that the converter is tested on; and a prompt's logits are those without a budget."""
+    with BudgetModel(write_model(tmp_path / "m.gguf", FAMILIES[name], seed=6)) as model:
+        options: dict[str, Any] = {"ubatch": 48, "flash": flash}
+        with model.context(512, **options) as stock:
+            wanted = [stock.read(tokens(300), every=True)]
+        found = []
+        for prefill in ("bounded", "lane"):
+            budget = Budget((40,) * model.n_layer, prefill=prefill)
+            with model.context(512, budget, **options) as context:
+                got = [context.read(tokens(300), every=True)]
+                got += [context.read(tokens(n, n)) for n in (1, 1, 70, 1)]
+                found.append((got, context.kept()))
+        (layers, kept), (lane, kept_in_lane) = found
+        assert all(np.array_equal(a, b) for a, b in zip(layers, wanted, strict=False))
+        assert all(np.array_equal(a, b) for a, b in zip(layers, lane, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(kept, kept_in_lane, strict=True))
 
 
 @pytest.mark.parametrize("prefill", ["bounded", "lane"])

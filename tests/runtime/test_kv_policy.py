@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ziggurat.runtime.budget import Budget, Pyramid, Uniform, allocate
-from ziggurat.runtime.errors import InvalidRequestError, UnsupportedError, ZigguratError
+from ziggurat.runtime.errors import InvalidRequestError, ZigguratError
 from ziggurat.runtime.kv_policy import KVPolicy, policy_of
 
 
@@ -31,10 +31,19 @@ def test_the_defaults_are_pyramidkv() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "schedule", "score"),
-    [("pyramid", Pyramid(), "snapkv"), ("snapkv", Uniform(), "snapkv"), ("streaming", Uniform(), "recent")],
+    [
+        ("pyramid", Pyramid(), "snapkv"),
+        ("snapkv", Uniform(), "snapkv"),
+        ("streaming", Uniform(), "recent"),
+        ("tova", Uniform(), "tova"),
+        ("keydiff", Uniform(), "keydiff"),
+        ("h2o", Uniform(), "h2o"),
+    ],
 )
 def test_presets(preset: str, schedule: object, score: str) -> None:
     chosen = policy(budget="12.5%", policy=preset)
+    assert chosen.pool == (13 if score == "snapkv" else 1)
+    assert policy(budget="12.5%", policy=preset, pool=3).pool == 3
     assert (chosen.budget, chosen.schedule, chosen.score) == (Budget(percent=Fraction(25, 2)), schedule, score)
 
 
@@ -60,9 +69,6 @@ def test_options_override_a_preset() -> None:
         ({"budget": "99", "pool": 6}, InvalidRequestError, "--kv-pool 6: it has to be odd"),
         ({"budget": "x"}, InvalidRequestError, "--kv-budget x: give a number of rows"),
         ({"budget": "35"}, InvalidRequestError, "--kv-budget 35: has no room for the window (32) and the sinks (4)"),
-        ({"budget": "99", "policy": "h2o"}, UnsupportedError, "h2o (H2O (Zhang et al. 2023)) is not there yet"),
-        ({"budget": "9%", "policy": "tova"}, UnsupportedError, "tova"),
-        ({"budget": "9%", "score": "keydiff"}, UnsupportedError, "keydiff"),
     ],
 )
 def test_contradictions_are_one_line(options: dict[str, Any], kind: type[ZigguratError], message: str) -> None:
@@ -87,6 +93,17 @@ def test_rows_of_a_part_of_the_prompt() -> None:
     assert sum(chosen.rows(4, 1000)) == 480
     assert chosen.rows(4, 8192, 100) == (36,) * 4  # 12 have no room for window and sinks
     assert policy(budget="100%").rows(2, 8192, 700) == (700, 700)
+
+
+def test_schedules_count_the_layers_that_see_everything() -> None:
+    for amount in ("512", "12%"):
+        chosen = policy(budget=amount)
+        first, second, third = chosen.rows(3, 8192)
+        assert chosen.rows((1024, 0, 1024, 0, 0), 8192) == (0, first, 0, second, third)
+        assert chosen.most_rows((0, 1024, 0), 8192)[::2] == chosen.most_rows(2, 8192)
+    settings = chosen.settings((0, 100, 0, 50, 60))
+    assert settings.bounded == (100, 50, 60)
+    assert settings.of_bounded((1, 2, 3, 4, 5)) == (2, 4, 5)
 
 
 def test_a_budget_of_the_context_or_more_keeps_all_that_is_allocated() -> None:

@@ -89,10 +89,12 @@ def test_equals_single_tokens(kv_model: BudgetModel, n: int, ubatch: int) -> Non
             assert nmse(context.read([7]), single.read([7])) < 1e-6
 
 
+@pytest.mark.parametrize("score", ["snapkv", "tova", "h2o"])
 @pytest.mark.parametrize("n", [2, 8, MOST])
-def test_wrong_drafts_leave_no_trace(kv_model: BudgetModel, n: int) -> None:
+def test_wrong_drafts_leave_no_trace(kv_model: BudgetModel, n: int, score: str) -> None:
     """Of steps of one shape, with other drafts that are removed: the same to the last bit, selections included."""
-    with kv_model.context(256, TIGHT, ubatch=64) as context, kv_model.context(256, TIGHT, ubatch=64) as other:
+    budget = replace(TIGHT, score=score)
+    with kv_model.context(256, budget, ubatch=64) as context, kv_model.context(256, budget, ubatch=64) as other:
         for each in (context, other):
             each.set_step(n)
             each.read(tokens(250))

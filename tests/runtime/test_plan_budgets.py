@@ -79,15 +79,31 @@ def test_nothing_more_is_taken_when_nothing_is_evicted() -> None:
     assert found.total == found.full == sum(found.rows)
     almost = plan.budget_memory(SHAPE, 256, settings(kv={"rows": (9999, 2047)}), 512)
     assert almost is not None
-    assert almost.capacity == row_capacity(KVSettings((9999, 2047)), 2048) == (2048 + 256, 2048 + 256)
+    assert almost.capacity == row_capacity(KVSettings((9999, 2047)), 2048, (0, 0), 512) == (2048 + 256, 2048 + 256)
     assert almost.stage > 0
 
 
-@pytest.mark.parametrize("change", [{"window": (0, 64)}, {"exact": False}])
+@pytest.mark.parametrize("change", [{"window": (64, 64)}, {"exact": False}])
 def test_models_that_cannot_have_a_budget_are_planned_without(change: dict[str, object]) -> None:
     shape = dataclasses.replace(SHAPE, **change)  # type: ignore[arg-type]
     assert not plan.takes_budget(shape)
     assert plan.budget_memory(shape, 256, settings(), 512) is None
+
+
+def test_layers_with_a_sliding_window_have_no_budget() -> None:
+    shape = dataclasses.replace(SHAPE, window=(0, 1000))
+    found = plan.budget_memory(shape, 256, settings(kv={"rows": (900, 0)}), 512)
+    assert found is not None
+    row = (4 * (32 + 16) * 2, 2 * (32 + 16) * 2)
+    assert found.capacity == (1024, 1536)  # 964, and the window with a ubatch
+    assert (found.positions[1], found.queries[1]) == (0, 0)
+    assert found.copies[1] == found.rows[1] == 1536 * row[1]
+    assert found.stage == 2048 * row[0]
+    assert found.full == 2048 * row[0] + 1536 * row[1]
+    everything = plan.budget_memory(shape, 256, settings(kv={"rows": (2048, 0)}), 512)
+    assert everything is not None
+    assert everything.rows == (2048 * row[0], 1536 * row[1])
+    assert everything.copies == everything.rows  # a prompt writes over the ring
 
 
 def test_the_plan_counts_a_budgets_parts(spm_path: Path) -> None:
@@ -144,7 +160,7 @@ def test_the_command_shows_them(capsys: pytest.CaptureFixture[str], spm_path: Pa
     budget = planned["kv_budget"]
     assert (planned["kv_budget_asked"], budget["score"], budget["prefill"]) == ("12%", "snapkv", "exact")
     assert sum(budget["rows_per_layer"]) == 2 * 480
-    parts = ("rows_bytes", "position_bytes", "query_bytes", "copy_bytes", "stage_bytes", "hidden_bytes")
+    parts = ("rows_bytes", "position_bytes", "query_bytes", "sum_bytes", "copy_bytes", "stage_bytes", "hidden_bytes")
     assert 0 <= planned["kv_bytes"] - sum(budget[part] for part in parts) <= 2000
     assert planned["kv_exact"]
     code, out, _ = ziggurat(capsys, *arguments)
@@ -162,7 +178,7 @@ def test_the_command_shows_them(capsys: pytest.CaptureFixture[str], spm_path: Pa
 
 
 def test_the_command_says_when_a_model_cannot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tiny_models.write_model(tmp_path / "m.gguf", Shape(arch="gemma3", n_layer=6, sliding_window=64))
+    path = tiny_models.write_model(tmp_path / "m.gguf", Shape(arch="gemma3", n_layer=3, sliding_window=64))
     code, out, _ = ziggurat(capsys, "plan", path, "--kv-budget", 64)
     assert code == 0
     assert "cannot have a KV budget" in " ".join(out.split())
@@ -176,6 +192,8 @@ SHAPES = {
     "multi-head": Shape(head_dim=32, n_embd=256, n_head=8, n_head_kv=8, n_ff=704),
     "one KV head": Shape(arch="qwen3", head_dim=64, n_embd=256, n_head=4, n_head_kv=1, n_ff=704, n_layer=3),
     "heads by layer": Shape(arch="deci", head_dim=32, n_layer=3, n_head=(4, 4, 4), n_head_kv=(4, 1, 2)),
+    "sliding windows": Shape(arch="gemma3", head_dim=32, n_layer=3, sliding_window=300, slides=(True, False, True)),
+    "a long window": Shape(arch="gemma2", head_dim=32, n_layer=2, sliding_window=3000),
 }
 ASKED = {
     "one": {"n_ctx": 4000},
@@ -186,6 +204,10 @@ ASKED = {
     "no flash attention": {"n_ctx": 2048, "flash_attention": "off"},
     "small ubatch": {"n_ctx": 8192, "n_ubatch": 64},
     "recent": {"n_ctx": 2048, "kv": {"score": "recent", "window": 7}},
+    "tova": {"n_ctx": 2048, "kv": {"score": "tova"}},
+    "keydiff": {"n_ctx": 4096, "kv": {"score": "keydiff"}},
+    "h2o": {"n_ctx": 4096, "n_seq_max": 2, "kv": {"score": "h2o"}},
+    "h2o in a lane": {"n_ctx": 2048, "kv": {"score": "h2o", "prefill": "lane"}},
     "chunked": {"n_ctx": 4096, "n_ubatch": 128, "kv": {"prefill": "chunked", "slack": 300}},
     "two prompts of four": {"n_ctx": 2048, "n_seq_max": 4, "kv": {"n_reading": 2}},
     "three prompts, one after others": {"n_ctx": 2048, "n_seq_max": 4, "kv": {"n_reading": 3, "n_copies": 1}},
@@ -201,9 +223,11 @@ def test_the_plan_is_what_is_allocated(shape: Shape, asked: dict[str, object], t
     path = tiny_models.write_model(tmp_path / "m.gguf", shape)
     given = dict(asked.get("kv", {}))  # type: ignore[call-overload]
     rows = given.pop("rows", None)
-    kept = rows * shape.n_layer if rows else tuple(allocate(700 * shape.n_layer, shape.n_layer))
-    context_settings = settings(**{**asked, "kv": {"rows": kept, **given}})
     outline = plan.outline(read_gguf(path))
+    assert outline.kv is not None
+    kept = rows * shape.n_layer if rows else tuple(allocate(700 * shape.n_layer, shape.n_layer))
+    kept = tuple(0 if window else most for most, window in zip(kept, outline.kv.window, strict=True))
+    context_settings = settings(**{**asked, "kv": {"rows": kept, **given}})
     with Model(path) as model, Context(model, context_settings) as context:
         assert context.kv_active
         layout, capacity = context.kv_layout(), context.kv_capacity()
@@ -217,6 +241,7 @@ def test_the_plan_is_what_is_allocated(shape: Shape, asked: dict[str, object], t
         rows_bytes=sum(budget.rows),
         position_bytes=sum(budget.positions),
         query_bytes=sum(budget.queries),
+        sum_bytes=sum(budget.sums),
         copy_bytes=sum(budget.copies),
         stage_bytes=budget.stage,
         hidden_bytes=budget.hidden,

@@ -102,7 +102,10 @@ class KvMap(ScrollView):
         )
         top = max(budgets, default=1) or 1
         budget = budgets[place]
-        held = f"{fills:>5.0f}/{budget:<5}" if fills is not None else f"{budget:>11}"
+        if budget:
+            held = f"{fills:>5.0f}/{budget:<5}" if fills is not None else f"{budget:>11}"
+        else:  # a layer with a sliding window
+            held = f"{fills:>5.0f} slide" if fills is not None else f"{'sliding':>11}"
         segments = [
             Segment(f"{layer:>3} ", label),
             Segment(bar(budget / top, _STEP), steps),
@@ -220,7 +223,9 @@ class KvView(Vertical):
 def _headline(kept: Kept | None, rows: Sequence[int]) -> str:
     if kept is None:
         return (
-            f"Budget of {sum(rows)} rows over {len(rows)} layers" if rows else "Nothing is known of the KV cache yet."
+            f"Budget of {sum(rows)} rows over {sum(map(bool, rows))} layers"
+            if rows
+            else "Nothing is known of the KV cache yet."
         )
     if kept.whole:
         return f"{len(kept.tokens)} tokens, every row kept: no budget is set (/budget ROWS or N%)."

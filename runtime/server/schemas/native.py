@@ -126,8 +126,8 @@ class Kept(AnswerModel):
     """What a conversation's rows are of.
 
     Of ``n_tokens`` that it has seen, each layer keeps as many as ``budgets`` says after a prompt, and what was
-    generated since. Without a KV budget every row is kept, and ``budgets`` and ``layers`` are empty. ``tokens`` are
-    there when they were asked for.
+    generated since; 0 is for layers with a sliding window, which have no budget and keep the latest rows. Without a KV
+    budget every row is kept, and ``budgets`` and ``layers`` are empty. ``tokens`` are there when they were asked for.
     """
 
     object: Literal["kv"]

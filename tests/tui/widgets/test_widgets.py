@@ -17,6 +17,7 @@ from helpers.fake_backend import STATUS, kept_pyramid
 from helpers.screens import screen_text, shows, until
 from ziggurat.tui.commands import Completion
 from ziggurat.tui.figures import Figures
+from ziggurat.tui.kept import Kept, KeptLayer
 from ziggurat.tui.widgets.banner import Banner
 from ziggurat.tui.widgets.budget_form import BudgetForm
 from ziggurat.tui.widgets.chooser import Choice, Chooser
@@ -232,6 +233,15 @@ async def test_the_map_shows_a_plan_where_nothing_was_read() -> None:
     async with hosting(view) as (pilot, _):
         view.show(None, (200, 120, 60, 20))
         await shows(pilot, "Budget of 400 rows over 4 layers", "████████", "20")
+
+
+async def test_the_map_says_which_layers_have_a_sliding_window() -> None:
+    view = KvView()
+    async with hosting(view) as (pilot, _):
+        view.show(None, (0, 120, 0, 20))
+        await shows(pilot, "Budget of 140 rows over 2 layers", "sliding", "120")
+        view.show(Kept("c", tuple(range(90)), (KeptLayer(0, 0, (((50, 40),),)), KeptLayer(1, 9, (((0, 9),),)))))
+        await shows(pilot, "40 slide", "9/9")
 
 
 async def test_a_chooser_narrows_down() -> None:
