@@ -17,8 +17,9 @@ from ziggurat.runtime.errors import InvalidRequestError
 
 #: Last tokens whose queries observe, and first tokens that always stay.
 WINDOW, SINKS = 32, 4
-#: Pooling of the score snapkv; the others are not pooled unless asked. Wider than the papers' 5 (average) or 7 (maximum):
-#: an answer of several tokens stands beside what the question attends to, see ``tests/benchmarks/kv_retrieval.py``.
+#: Pooling of the score snapkv; the others are not pooled unless asked. Wider than the papers' 5 (average) or 7
+#: (maximum): an answer of several tokens stands beside what the question attends to, see
+#: ``tests/benchmarks/kv_retrieval.py``.
 POOL, POOL_TYPE = 13, "max"
 #: What the pyramid's base is divided by to give its top.
 BETA = 20

@@ -230,7 +230,7 @@ void ziggurat_kv_cache::make_stage(bool shared) {
         }
     }
     for (auto & [buft, p] : pools) {
-        p.bytes = ggml_new_tensor_1d(stage_arena.context(buft, 3*layers.size() + 3), GGML_TYPE_I8, (p.size[0] + p.size[1])*n_reading);
+        p.bytes = ggml_new_tensor_1d(stage_arena.context(buft, 4*layers.size() + 2), GGML_TYPE_I8, (p.size[0] + p.size[1])*n_reading);
         ggml_set_name(p.bytes, "kv_stage");
     }
     for (auto & layer : layers) {
@@ -265,27 +265,6 @@ void ziggurat_kv_cache::make_stage(bool shared) {
         make_stage_sums(shared);
     }
     stage_arena.allocate(hparams.no_alloc);
-}
-
-// Per buffer type as well, those of the layer with the most heads, or of all.
-void ziggurat_kv_cache::make_stage_sums(bool shared) {
-    std::map<ggml_backend_buffer_type_t, int64_t> widest;
-    for (const auto & layer : layers) {
-        widest[layer.buft] = std::max<int64_t>(widest[layer.buft], layer.slides ? 0 : layer.n_head_kv);
-    }
-    std::map<ggml_backend_buffer_type_t, ggml_tensor *> made;
-    for (auto & layer : layers) {
-        if (layer.slides) {
-            continue;
-        }
-        ggml_context * ctx = stage_arena.context(layer.buft, 0);
-        ggml_tensor *& of  = made[layer.buft];
-        if (of == nullptr || !shared) {
-            of = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, stage_rows, shared ? widest[layer.buft] : layer.n_head_kv, n_reading);
-            ggml_set_name(of, "kv_stage_sums");
-        }
-        layer.stage_sums = ggml_view_3d(ctx, of, stage_rows, layer.n_head_kv, n_reading, of->nb[1], of->nb[2], 0);
-    }
 }
 
 uint32_t ziggurat_kv_cache::n_extra_nodes() const {

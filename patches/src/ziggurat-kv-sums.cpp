@@ -5,6 +5,7 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <map>
 
 namespace {
 
@@ -12,6 +13,27 @@ constexpr int64_t BLOCK_FLOATS = 1 << 20; // of attention that is computed at a 
 constexpr int64_t BLOCK_LEAST  = 8;       // tokens, however many rows there are
 
 } // namespace
+
+// Per buffer type, as the stage's rows, those of the layer with the most heads, or of all.
+void ziggurat_kv_cache::make_stage_sums(bool shared) {
+    std::map<ggml_backend_buffer_type_t, int64_t> widest;
+    for (const auto & layer : layers) {
+        widest[layer.buft] = std::max<int64_t>(widest[layer.buft], layer.slides ? 0 : layer.n_head_kv);
+    }
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> made;
+    for (auto & layer : layers) {
+        if (layer.slides) {
+            continue;
+        }
+        ggml_context * ctx = stage_arena.context(layer.buft, 0);
+        ggml_tensor *& of  = made[layer.buft];
+        if (of == nullptr || !shared) {
+            of = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, stage_rows, shared ? widest[layer.buft] : layer.n_head_kv, n_reading);
+            ggml_set_name(of, "kv_stage_sums");
+        }
+        layer.stage_sums = ggml_view_3d(ctx, of, stage_rows, layer.n_head_kv, n_reading, of->nb[1], of->nb[2], 0);
+    }
+}
 
 ggml_tensor * ziggurat_kv_sums_view(ggml_context * ctx, ggml_tensor * sums, uint32_t plane, int64_t n) {
     return ggml_view_2d(ctx, sums, n, sums->ne[1], sums->nb[1], plane*sums->nb[2]);

@@ -102,11 +102,11 @@ class KVSettings:
 class KVLayout:
     """What a context with a budget has allocated for all its sequences, in bytes.
 
-    ``rows_bytes`` are K and V rows, ``position_bytes`` the positions of selected rows, ``query_bytes`` the queries of
-    each sequence's last tokens and ``sum_bytes`` sums of attention, where they are what is selected by. Used only while
-    prompts are read: ``copy_bytes``, the copies of their sequences;
-    ``stage_bytes``, for each of them ``stage_rows`` rows of one layer or, when ``layer_major`` is False, of all of
-    them; and ``hidden_bytes``, hidden states between the layers.
+    ``rows_bytes`` are K and V rows, ``position_bytes`` the positions of selected rows; ``query_bytes`` are queries of
+    each sequence's last tokens and ``sum_bytes`` sums of attention, where rows are selected by them. Used only while
+    prompts are read: ``copy_bytes``, the copies of their sequences; ``stage_bytes``, for each of them ``stage_rows``
+    rows of one layer or, when ``layer_major`` is False, of all of them; and ``hidden_bytes``, hidden states between the
+    layers.
     """
 
     rows_bytes: int

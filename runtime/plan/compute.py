@@ -25,6 +25,7 @@ from ziggurat.runtime.plan.kv import KVShape, padded, rows_per_layer
 from ziggurat.runtime.plan.outline import Outline
 
 _F16, _F32, _I64 = 2, 4, 8
+_SUMMED_VALUES, _SUMMED_TOKENS = 2**20, 8
 
 
 def ubatch(n_ctx: int, n_seq: int, n_batch: int, n_ubatch: int) -> int:
@@ -111,12 +112,22 @@ def _with_budget(
     keys = budget.stage_rows * budget.scored_key
     others = budget.stage_rows * max(kv.n_head_kv) * _F32 if observed else 0
     selecting = 3 * hidden + max(_beside(hole, keys, scores, others), _beside(hole, selected, selected))
+    if budget.kv.score == "h2o":
+        selecting += max(kv.n_head) * kv.key_length * n_ubatch * _F32 + _summed(
+            max(kv.n_head), budget.stage_rows, n_ubatch
+        )
     attention = _attention(model, kv, n_ubatch, staged, flash_attention=flash_attention)
     if not budget.layer_major:
         return max(end, in_place, masks + max(attention, selecting, feed_forward))
     # the hidden states it begins with have a place of their own
     reading = masks + max(attention - hidden, selecting)
     return max(end, in_place, reading, feed_forward + (mask if mask < hidden else 0))
+
+
+def _summed(heads: int, rows: int, tokens: int) -> int:
+    """Return the bytes of the attention that is computed at a time to sum it up: ``ziggurat-kv-sums.cpp``."""
+    per_token = heads * rows
+    return min(max(_SUMMED_VALUES // per_token, _SUMMED_TOKENS), tokens) * per_token * _F32
 
 
 def _beside(hole: int, *tensors: int) -> int:

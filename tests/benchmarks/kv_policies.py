@@ -1,16 +1,16 @@
 """What each way of choosing KV rows keeps of the reference model's abilities, at equal numbers of rows.
 
-Retrieval: documents of the same length hide six facts and end with a question about one; an answer is right if its first
-number is the value. The question is *seen* when the prompt is one piece, so that rows are chosen after it was read, and
-*unseen* when the document is read first, brought down to its budget, and the question comes as the next turn.
-Perplexity: of 256 tokens that follow 1024 of a held-out story file, which are brought down to their budget before. Budgets
+Retrieval: documents of the same length hide six facts and end with a question about one; an answer is right if its
+first number is the value. The question is *seen* when the prompt is one piece, so that rows are chosen after it was
+read, and *unseen* when the document is read first, brought down to its budget, and the question comes as the next turn.
+Perplexity: of 256 tokens that follow 1024 of held-out stories, which are brought down to their budget before. Budgets
 are a share of the document's tokens (or of the 1024), the mean over the layers; every policy has the same window and
-sinks, and so the same rows of K and V; what else it keeps to score by is in ``kept_bytes``.
+sinks, and so the same bytes of K and V; what else it keeps to score by is in ``kept_bytes``.
 
-A policy is ``score``, or ``score/variant``: ``pooled`` scores are those of 13 positions, their maximum, as snapkv's are,
-``plain`` ones of none; ``half`` gives half the rows to the latest tokens, as H2O's paper does; ``chunked`` selects after
-every ubatch of 256 tokens. Prints a table in Markdown; --json FILE appends the result to that file's list, --table FILE
-prints the tables of such a file.
+A policy is ``score``, or ``score/variant``: ``pooled`` scores are the maximum over 13 positions, as snapkv's are, and
+``plain`` ones are not pooled; ``half`` gives half the rows to the latest tokens, as H2O's paper does; ``chunked``
+selects after every ubatch of 256 tokens. Prints a table in Markdown; --json FILE appends the result to that file's
+list, --table FILE prints the tables of such a file.
 
 usage: convert tests/reference_model ref.gguf --type f16
        python tests/benchmarks/kv_policies.py ref.gguf --texts DIR [--trials 2] [--policies h2o,h2o/half] [--json FILE]
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "reference_model")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kv_retrieval import ANSWER_TOKENS, DEPTHS, SINKS
 from results import append
@@ -145,6 +145,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def story_tokens(model: Model, options: argparse.Namespace) -> list[int]:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "reference_model"))
     from data import STORIES, read_text
 
     text = read_text(options.texts, STORIES[1], held_out=True)[: 8 * options.chunks * (READ + SCORED)]
@@ -161,7 +162,8 @@ def table(result: dict[str, Any]) -> str:
     policies = list(dict.fromkeys(policy for policy, _ in cells if policy != "full"))
 
     def text(cell: dict[str, Any]) -> str:
-        right = " / ".join(f"{cell[kind] / cell['trials']:.0%}".rstrip("%") for kind in ("seen", "unseen"))
+        counts = (cell["seen"], cell["unseen"])  # None: not measured
+        right = " / ".join("–" if count is None else f"{100 * count / cell['trials']:.0f}" for count in counts)
         return right + (f", {cell['perplexity']:.2f}" if cell["perplexity"] else "")
 
     lines = [f"| rows kept | {' | '.join(f'{share:.0%}' for share in shares)} |", "| --- |" + " --- |" * len(shares)]
