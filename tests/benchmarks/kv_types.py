@@ -7,7 +7,7 @@ all rows.
 Prints a table in Markdown; the last line is JSON, --json FILE appends it to that file's list.
 
 usage: convert tests/reference_model ref.gguf --type f16
-       python tests/benchmarks/kv_types.py ref.gguf --texts FOLDER [--rows 40,48,64,96] [--json FILE]
+       python tests/benchmarks/kv_types.py ref.gguf --texts FOLDER [--rows 40,48] [--json FILE]
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL.gguf")
     parser.add_argument("--texts", type=Path, required=True, help="folder of the texts that benchmarks use")
-    parser.add_argument("--rows", type=lengths, default=[40, 48, 64, 96], help="in F16 (default: %(default)s)")
+    parser.add_argument("--rows", type=lengths, default=[40, 48], help="in F16 (default: %(default)s)")
     parser.add_argument("--types", type=lambda text: text.split(","), default=["f16", "q8_0", "q4_0"])
     parser.add_argument("--length", type=int, default=2048, help="of documents, in tokens (default: %(default)s)")
     parser.add_argument("--ctx", type=int, default=2048, help="of the text's chunks, in tokens (default: %(default)s)")
