@@ -146,7 +146,8 @@ class ChatScreen(Screen[None]):
             self.banner.say(f"{event.error}\ntrying again in {event.retry_in:.1f} s, Esc gives up", "error", "error")
             return
         error, log = event.error, ""
-        if self.parts.log_file is not None and error.kind not in ("too_long", "key", "busy", "refused"):
+        own = self.parts.host is not None  # a server that others started has its log elsewhere
+        if self.parts.log_file is not None and (error.kind == "failed" or (own and error.kind in ("lost", "nonsense"))):
             log = f"; the log is {self.parts.log_file}"
         again = "Ctrl+Up e edits the message" if error.kind == "too_long" else "Ctrl+R tries again"
         self.banner.say(f"{error}\n{again}{log}", "error", "error")

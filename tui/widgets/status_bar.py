@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 from rich.cells import cell_len
@@ -66,7 +67,7 @@ def readouts(figures: Figures, state: Activity, model: str, *, error: str = "") 
     if status is not None and status.gpu_bytes:
         found.append(Readout(f"GPU {_short(status.gpu_bytes)}", 8))
     if model:
-        found.append(Readout(model, 4, "model"))
+        found.append(Readout(PurePath(model).name, 4, "model"))  # some servers name a model by its path
     return found
 
 
