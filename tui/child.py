@@ -24,6 +24,7 @@ def _hold(fd: int) -> None:
             pass
     except OSError:
         pass
+    _remove_folder(sys.argv)
     timer = threading.Timer(_GRACE_S, os._exit, (1,))
     timer.daemon = True
     timer.start()
@@ -41,17 +42,17 @@ def main() -> None:
     logging.getLogger("ziggurat.runtime.server.middleware.log").setLevel(logging.WARNING)
     from ziggurat.runtime.cli import main as ziggurat
 
-    try:
-        ziggurat(sys.argv[1:])
-    finally:
-        _remove_folder(sys.argv)
+    ziggurat(sys.argv[1:])
 
 
 def _remove_folder(arguments: list[str]) -> None:
-    """Remove the empty folder that was made for the socket, which nobody else may be left to do."""
+    """Remove the socket and the folder that was made for it: the chat, whose task it is, may be gone."""
     if "--unix-socket" in arguments:
+        path = arguments[arguments.index("--unix-socket") + 1]
         with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(arguments[arguments.index("--unix-socket") + 1]))
+            os.unlink(path)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(path))
 
 
 if __name__ == "__main__":

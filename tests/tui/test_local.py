@@ -209,12 +209,15 @@ def test_no_server_is_left_when_the_chat_is_killed(folder: Path) -> None:
     assert chat.stdout is not None
     pid = int(chat.stdout.readline())
     assert psutil.pid_exists(pid)
+    arguments = asked(folder, "good")["arguments"]
+    socket = Path(arguments[arguments.index("--unix-socket") + 1])
+    assert socket.exists()
     chat.send_signal(signal.SIGKILL)
     chat.communicate()
     until = time.monotonic() + 20
     while psutil.pid_exists(pid) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not psutil.pid_exists(pid)
+    assert not psutil.pid_exists(pid) and not socket.parent.exists()
 
 
 def test_log_is_not_kept_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
