@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +58,7 @@ def bench(model: Path | None, **options: Any) -> int:
         logging.basicConfig(level=logging.DEBUG, format="%(name)s: %(message)s", stream=sys.stderr)
     axes, work = axes_of(options)
     _check(model, options)
-    measures = model is not None and model.suffix == ".gguf" and _here(options)
+    measures = _is_gguf(model) and _here(options)
     if measures and axes.budgeted:
         kv.require()
     with kill_as_interrupt():
@@ -79,7 +78,7 @@ def _check(model: Path | None, options: dict[str, Any]) -> None:
     from ziggurat.runtime.evaluate.plot import check_available
     from ziggurat.runtime.files import check_target
 
-    is_file = model is not None and model.suffix == ".gguf"
+    is_file = _is_gguf(model)
     if (model is None) == (options["shape"] is None):
         raise InvalidRequestError("give a MODEL.gguf" + (" or a --shape, not both" if model else ", or a --shape"))
     if not options["roofline"]:
@@ -87,8 +86,8 @@ def _check(model: Path | None, options: dict[str, Any]) -> None:
             if options[name] is not None:
                 flag = "--type" if name == "type_name" else f"--{name}"
                 raise InvalidRequestError(f"{flag} belongs to --roofline, which is not given")
-        if not is_file and model is not None and model.is_dir():
-            raise InvalidRequestError(f"{model}: is a folder; only a .gguf file can be measured, convert it first")
+        if not is_file:
+            raise InvalidRequestError(f"{model}: is a checkpoint; only a GGUF file can be measured, convert it first")
     if is_file:
         for name in ("blocks", "bpw", "type_name"):
             if options[name] is not None:
@@ -107,6 +106,10 @@ def _check(model: Path | None, options: dict[str, Any]) -> None:
         if options["plot"].suffix.lower().removeprefix(".") not in FORMATS:
             raise InvalidRequestError(f"--plot {options['plot']}: give a name that ends in .png or .svg")
         check_available()
+
+
+def _is_gguf(model: Path | None) -> bool:
+    return model is not None and not model.is_dir() and model.suffix != ".json"
 
 
 def _here(options: dict[str, Any]) -> bool:
@@ -165,9 +168,10 @@ def _on_gpu(options: dict[str, Any]) -> bool:
 
 def _bench(file: GGUFFile, shape: Any, axes: Axes, work: Work, options: dict[str, Any], monitor: Monitor) -> Report:
     from ziggurat.runtime.bench.bandwidth import measure_bandwidth
+    from ziggurat.runtime.bench.machine import describe
     from ziggurat.runtime.bench.report import About, Report
     from ziggurat.runtime.bench.runner import run
-    from ziggurat.runtime.bindings import Model, devices, kv, probe
+    from ziggurat.runtime.bindings import Model, devices, kv
     from ziggurat.runtime.errors import UnsupportedError
     from ziggurat.runtime.plan.shapes import gguf_demand
 
@@ -185,31 +189,14 @@ def _bench(file: GGUFFile, shape: Any, axes: Axes, work: Work, options: dict[str
         about = About(
             str(file.path), model.description, model.n_bytes, model.n_params, ",".join(gpus) if on_gpu else "CPU"
         )
-    library = probe()
-    machine = {
-        "library": library.package_version,
-        "llama_cpp": library.llama_version,
-        "patches": library.ziggurat_version,
-        "machine": platform.platform(),
-        "processor": _processor(),
-    }
-    return Report(about, gguf_demand(file), work, tuple(results), bandwidth, machine)
-
-
-def _processor(info: Path = Path("/proc/cpuinfo")) -> str:
-    try:
-        lines = info.read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    return Report(about, gguf_demand(file), work, tuple(results), bandwidth, describe())
 
 
 def _demand(model: Path | None, options: dict[str, Any]) -> Demand:
     from ziggurat.runtime.plan import shapes
     from ziggurat.runtime.plan.planner import DEFAULT_FILE_TYPE
 
-    if model is not None and model.suffix == ".gguf":
+    if model is not None and _is_gguf(model):
         return shapes.file_demand(model)
     given: dict[str, Any] = {"blocks": options["blocks"], "bpw": options["bpw"]}
     given["type_name"] = options["type_name"] or DEFAULT_FILE_TYPE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Report:
     work: Work
     results: tuple[Result, ...]
     bandwidth: Bandwidth | None
-    machine: dict[str, Any]
+    machine: Mapping[str, str | None]
 
     def bytes_per_second(self, result: Result) -> float | None:
         """Weights and rows that decoding reads, in the median; None for prompts, which are bound by computing."""
