@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from textual.strip import Strip
@@ -50,6 +50,14 @@ class FinishedBlocks:
         if block.last and block.joined:
             self._join(block)
 
+    def refer(self, references: Sequence[str]) -> None:
+        """Let all blocks so far refer to definitions of links, wherever in the text those stand."""
+        definitions = "\n".join(references)
+        for item in self._items if references else ():
+            if item.block.code is None and "[" in item.block.source:
+                item.block = replace(item.block, source=f"{item.block.source}\n\n{definitions}")
+                self._again(item)
+
     def render(self, renderer: LineRenderer) -> None:
         """Render everything anew."""
         self.renderer = renderer
@@ -65,14 +73,15 @@ class FinishedBlocks:
         return not self._work
 
     def settle(self, seconds: float) -> bool:
-        """Go on rendering for about so long; tell whether any line changed."""
-        changed = False
+        """Go on rendering for about so long, for one line at least; tell whether any line changed."""
+        changed, late = False, False
         until = time.perf_counter() + seconds
-        while self._work and time.perf_counter() < until:
+        while self._work and not late:
             work = self._work[0]
             for strip in work.lines:
                 work.done.append(strip)
-                if time.perf_counter() >= until:
+                late = time.perf_counter() >= until
+                if late:
                     break
             else:
                 self._work.popleft()
@@ -93,7 +102,8 @@ class FinishedBlocks:
         return strips[row] if row < len(strips) else Strip.blank(0)
 
     def _put(self, item: _Item) -> None:
-        start = self.height + (bool(self.height) and not item.block.joined)
+        gap = bool(self.height) and bool(item.strips) and not item.block.joined
+        start = self.height + gap
         self._items.append(item)
         self._starts.append(start)
         self.height = start + len(item.strips)

@@ -14,6 +14,8 @@ LIST_LINES, CODE_LINES = 10, 20
 
 _FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})(.*)$")
 _ITEM = re.compile(r"^( {0,3})(?:([-*+])|(\d{1,9})([.)]))(?= |\t|$)")
+#: A link's definition, which any block may refer to.
+_REFERENCE = re.compile(r"^ {0,3}\[[^\]]*\S[^\]]*\]:\s*\S")
 _HEADING = re.compile(r"^ {0,3}#{1,6}(?: |\t|$)")
 
 
@@ -37,6 +39,8 @@ class BlockSplitter:
     """Takes text as it comes and returns the blocks that it finishes."""
 
     def __init__(self) -> None:
+        #: Definitions of links so far, outside code.
+        self.references: list[str] = []
         self._lines: list[str] = []
         self._partial = ""
         self._fence = ""
@@ -119,6 +123,8 @@ class BlockSplitter:
 
     def _text_line(self, line: str, finished: list[Block]) -> None:
         item, fence = _ITEM.match(line), _FENCE.match(line)
+        if _REFERENCE.match(line):
+            self.references.append(line)
         if (
             self._list
             and self._blank

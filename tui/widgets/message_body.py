@@ -141,6 +141,7 @@ class MessageBody(Widget):
         if not self.plain:
             for block in self._splitter.finish():
                 self._blocks.add(block)
+            self._blocks.refer(self._splitter.references)
             self._tail = TailLines(self._width)
 
     @property

@@ -15,10 +15,10 @@ else:
 
 
 class Uniform(Widget):
-    """Before a container among the bases of a class: one that draws nothing but a background, and borders only at its sides: all its lines are alike.
+    """Before a container among a class's bases: it draws a background, borders only at its sides, and nothing else.
 
-    Textual draws each line of a container below its children, and anew whenever its height changes, which with a
-    message that grows is at every flush.
+    So all its lines are alike. Textual draws each line of a container below its children, and anew whenever its height
+    changes, which with a message that grows is at every flush.
     """
 
     def render_line(self, y: int) -> Strip:
