@@ -78,7 +78,7 @@ def _rows(file: GGUFFile, setup: ModelSetup, n_ctx: int) -> tuple[int, ...]:
 
     policy = policy_of(_kv_options(setup))
     shape = outline(file).kv
-    return policy.rows(shape.n_layer, n_ctx) if policy is not None and shape is not None else ()
+    return policy.rows(shape.window, n_ctx) if policy is not None and shape is not None else ()
 
 
 def _kv_options(setup: ModelSetup) -> dict[str, Any]:

@@ -43,15 +43,18 @@ class Setting:
         types = self.type_k if self.type_k == self.type_v else f"{self.type_k}/{self.type_v}"
         return f"{kept}, {types}"
 
-    def rows(self, n_layer: int, place: Place, work: Work) -> tuple[int, ...] | None:
-        """Rows that each layer keeps of a prompt as long as the depth (of one that is measured where it is 0)."""
+    def rows(self, layers: int | Sequence[int], place: Place, work: Work) -> tuple[int, ...] | None:
+        """Rows that each layer keeps of a prompt as long as the depth (of one that is measured where it is 0).
+
+        ``layers``: how many there are, or the sliding window of each, as ``KVPolicy.rows`` takes them.
+        """
         if self.policy is None:
             return None
-        return self.policy.rows(n_layer, work.n_ctx(place), place.depth or max(work.n_prompt, 1))
+        return self.policy.rows(layers, work.n_ctx(place), place.depth or max(work.n_prompt, 1))
 
-    def context(self, n_layer: int, place: Place, work: Work) -> ContextSettings:
+    def context(self, layers: int | Sequence[int], place: Place, work: Work) -> ContextSettings:
         """Return what its context is made with. Raises InvalidRequestError for what no context can have."""
-        kv, rows = None, self.rows(n_layer, place, work)
+        kv, rows = None, self.rows(layers, place, work)
         if self.policy is not None and rows is not None:
             # an empty sequence is read into in place; one that has rows is copied first
             copies = None if place.depth and work.n_prompt else 0

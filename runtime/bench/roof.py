@@ -93,7 +93,7 @@ def kept_rows(demand: Demand, setting: Setting, place: Place, work: Work) -> tup
     """Rows that a layer attends to at a place; slack for generated tokens is not counted."""
     if demand.kv is None:
         return ()
-    return demand.rows(place.depth, setting.rows(demand.kv.n_layer, place, work))
+    return demand.rows(place.depth, setting.rows(demand.kv.window, place, work))
 
 
 def _point(

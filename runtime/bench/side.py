@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ziggurat.runtime import plan
 from ziggurat.runtime.bench.axes import Place, Setting, Work
 from ziggurat.runtime.bench.filling import BASE, multiplied
-from ziggurat.runtime.bindings import Context, KVSettings, Model, can_measure, kv_state, measure
+from ziggurat.runtime.bindings import Context, KVSettings, Model, can_measure, kv, kv_state, measure
 from ziggurat.runtime.errors import ContextError
 
 # states of one sequence by what they depend on
@@ -47,9 +47,13 @@ class Side:
     _next: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.context = Context(self.model, self.setting.context(self.model.n_layer, self.place, self.work))
+        self.context = Context(self.model, self.setting.context(self._layers(), self.place, self.work))
         self._batch = self.context.new_batch()
         self._random = random.Random(0)
+
+    def _layers(self) -> int | tuple[int, ...]:
+        """The layers as policies count them; a stock library, which has no budgets, need not know their windows."""
+        return self.model.n_layer if self.setting.policy is None else kv.windows(self.model)
 
     def close(self) -> None:
         """Free the context."""

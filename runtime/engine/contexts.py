@@ -30,7 +30,7 @@ class Serving:
     row_bytes: float = 0.0
 
     def keeps_all(self, n_tokens: int) -> bool:
-        """Whether a prompt of so many tokens loses no row to the budget, which layers with a sliding window have not."""
+        """Whether a prompt of so many tokens loses no row to the budget (layers that slide have none)."""
         return n_tokens <= min(rows for rows in self.rows(n_tokens) if rows)
 
 

@@ -29,7 +29,7 @@ class BudgetMemory:
     ``capacity`` are rows allocated per layer and sequence, and ``rows``, ``positions``, ``queries``, ``sums`` and
     ``copies`` (of the sequences whose prompts are read) bytes by layer;
     ``largest_row`` are those of one token in the layer with a budget where K and V take most, on their way to their
-    places, and ``scored_key`` those of one token's keys while they are scored, 0 where products take it as it is stored.
+    places, and ``scored_key`` those of one token's keys while they are scored, 0 where they are taken as stored.
     ``rotation`` is one more row of each layer, which the library keeps where rows are quantized, to know how they are
     rotated. ``full`` is what the stock library takes for the same context.
     """

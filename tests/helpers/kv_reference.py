@@ -110,7 +110,7 @@ class Rows:
 
     def all_paid(self) -> Array:
         """What each row was paid by all queries, (KV heads, rows)."""
-        total = self.sums.copy()
+        total: Array = self.sums.copy()
         for paid in self.paid:
             total[:, : paid.shape[1]] += paid
         return total
@@ -355,12 +355,12 @@ def _capped(x: Array, cap: float) -> Array:
 
 
 def _silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
+    return np.asarray(x / (1 + np.exp(-x)))
 
 
 def _gelu(x: Array) -> Array:
     """The approximation with a tangent, which Gemma uses."""
-    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    return np.asarray(0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))))
 
 
 def _pooled(x: Array, width: int, kind: str) -> Array:

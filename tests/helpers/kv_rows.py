@@ -45,7 +45,7 @@ class _Reader:
 def head_bytes(name: str, head_dim: int) -> int:
     """Bytes of one head of a row of this type."""
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]]
-    return head_dim // block * size
+    return int(head_dim // block * size)
 
 
 def values_of(rows: Bytes, name: str) -> Array:
@@ -103,6 +103,7 @@ def reference_of(
             values_of(layer.values, types[1]),
             np.tile(np.arange(sequence.n, dtype=np.int32), (len(layer.keys), 1)),
             observed.queries,
+            np.zeros((len(layer.keys), sequence.n)),
         )
         for layer, observed in zip(rows, queries, strict=True)
     ]

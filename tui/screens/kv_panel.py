@@ -13,7 +13,7 @@ from ziggurat.tui.widgets.background import background
 from ziggurat.tui.widgets.budget_form import BudgetForm
 from ziggurat.tui.widgets.kv_view import KvMap, KvView
 
-_POLICIES = ("none", *(name for name, preset in PRESETS.items() if preset.method.ready))
+_POLICIES = ("none", *PRESETS)
 
 
 class KvPanel(Vertical):
