@@ -132,8 +132,7 @@ def test_answer_of_our_server() -> None:
         {"/v1/chat/completions": stream(chunk(""), chunk("he"), chunk("y"), chunk(None, "stop", timings=TIMINGS), end)}
     )
     assert ask(script, ChatRequest((ChatMessage("user", "hi"),), Sampling(0.5, max_tokens=7), "c", True)) == [
-        Delta("he"),
-        Delta("y"),
+        Delta("hey", 2),
         Done("stop", Usage(9, 2, 4), Timings(0.25, 100.0, 20.0, 0.5, 4, 3, 10, 40, 5)),
     ]
     assert script.body() == {
@@ -162,7 +161,7 @@ def test_thoughts_are_told_apart() -> None:
         chunk("</think>yes", "stop"),
     ]
     events = ask(Script({"/v1/chat/completions": stream(*parts)}))
-    assert events[:-1] == [Delta("hm", thought=True), Delta("so", thought=True), Delta("yes")]
+    assert events[:-1] == [Delta("hmso", 2, thought=True), Delta("yes")]
 
 
 def test_end_without_mark_is_an_end_if_there_was_a_reason() -> None:

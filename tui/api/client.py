@@ -18,7 +18,7 @@ from ziggurat.tui.api.address import Address
 from ziggurat.tui.api.chunks import ChatChunks
 from ziggurat.tui.api.connection import Connection
 from ziggurat.tui.api.errors import not_a_chat
-from ziggurat.tui.backend import BackendError, ChatEvent, ChatRequest, Done, Loading, Progress, Status
+from ziggurat.tui.backend import BackendError, ChatEvent, ChatRequest, Delta, Done, Loading, Progress, Status
 from ziggurat.tui.kept import Kept
 
 # a server of ours sends a comment every 15 s; of others nothing is known, and prompts may take long to read
@@ -56,9 +56,10 @@ class HttpBackend:
         reader = self._reader = asyncio.create_task(self._read(request, events))
         watcher = asyncio.create_task(self._watch(request, events))
         self._answered = False
+        held: ChatEvent | BackendError | None = None
         try:
             while True:
-                event = await events.get()
+                event, held = _joined(held or await events.get(), events)
                 if isinstance(event, BackendError):
                     raise event
                 if isinstance(event, Progress) and self._answered:
@@ -236,3 +237,15 @@ class HttpBackend:
                 progress = told.progress_of(await self._server.get("/slots"), request.conversation)
                 if progress is not None:
                     events.put_nowait(progress)
+
+
+def _joined(
+    event: ChatEvent | BackendError, events: asyncio.Queue[ChatEvent | BackendError]
+) -> tuple[ChatEvent | BackendError, ChatEvent | BackendError | None]:
+    """Return an event, with all text that came since nobody looked as one delta, and the event taken after that."""
+    while isinstance(event, Delta) and not events.empty():
+        following = events.get_nowait()
+        if not isinstance(following, Delta) or following.thought != event.thought:
+            return event, following
+        event = Delta(event.text + following.text, event.tokens + following.tokens, event.thought)
+    return event, None
