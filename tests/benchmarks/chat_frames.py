@@ -1,6 +1,6 @@
 """How smoothly the chat shows an answer that comes fast: frames, CPU share, and how long a key takes to the screen.
 
-    python tests/benchmarks/chat_frames.py [--seconds 4] [--json chat_frames.json] [--quick]
+    python tests/benchmarks/chat_frames.py [--seconds 4] [--json chat_frames.json] [--methods ziggurat] [--sizes 0,…]
 
 A source writes text at 50 to 1000 tokens/s (four characters each): mixed Markdown, one long code block or one long
 list, into conversations of 0, 20 000 and 100 000 characters, on a screen of 120x40. A frame is an update of the
@@ -250,7 +250,8 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="the fastest rate into the longest conversation only")
+    parser.add_argument("--rates", default=",".join(map(str, RATES)), help="tokens per second")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="characters of conversations")
     parser.add_argument("--methods", default="ziggurat")
     parser.add_argument("--most-waited", type=float, default=0.03)
     parser.add_argument("--tries", type=int, default=1)
@@ -258,9 +259,9 @@ async def main() -> None:
     spare_the_screen()  # as the chat does
     results = []
     for method in arguments.methods.split(","):
-        for size in SIZES[-1:] if arguments.quick else SIZES:
+        for size in map(int, arguments.sizes.split(",")):
             for kind in KINDS:
-                for rate in RATES[-1:] if arguments.quick else RATES:
+                for rate in map(int, arguments.rates.split(",")):
                     for _ in range(arguments.tries):
                         result = await measure(method, rate, kind, size, arguments.seconds)
                         if result["waited_share"] <= arguments.most_waited:
@@ -274,13 +275,11 @@ async def main() -> None:
         "worst_key_to_screen_p95_ms": max((r["key_to_screen_p95_ms"] for r in ours), default=None),
         "fewest_frames_per_second": min((r["frames_per_second"] for r in ours), default=None),
         "most_cpu_share": max((r["cpu_share"] for r in ours), default=None),
-        "results": results,
     }
     if arguments.json:
         lines = ",\n".join(json.dumps(result) for result in results)
-        head = json.dumps({key: value for key, value in summary.items() if key != "results"})
-        arguments.json.write_text(head[:-1] + ', "results": [\n' + lines + "\n]}\n")
-    print(json.dumps({key: value for key, value in summary.items() if key != "results"}))
+        arguments.json.write_text(f'{json.dumps(summary)[:-1]}, "results": [\n{lines}\n]}}\n')
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":
