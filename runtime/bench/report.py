@@ -10,7 +10,7 @@ from typing import Any
 
 from ziggurat.runtime.bench.axes import Work
 from ziggurat.runtime.bench.bandwidth import Bandwidth
-from ziggurat.runtime.bench.roof import RoofLine, kept_rows
+from ziggurat.runtime.bench.roof import RoofLine, RoofPoint, kept_rows
 from ziggurat.runtime.bench.runner import GENERATION, Result, Spread
 from ziggurat.runtime.plan.roofline import LLAMA_CPP_SHARE, Demand
 from ziggurat.runtime.sizes import human_bytes
@@ -196,7 +196,7 @@ def roof_markdown(line: RoofLine) -> str:
             roof.bound,
             f"{roof.tokens_per_second:.1f}",
             f"{LLAMA_CPP_SHARE * roof.tokens_per_second:.1f}",
-            f"{point.prompt_flops / 1e12:.1f} TFLOP, {point.prompt_s:.2f} s" if point.place.depth else "",
+            _prompt(point) if point.place.depth else "",
         ]
         beside: list[list[str]] = [["", "", ""]] if measured else [[]]
         if point.measured:
@@ -206,3 +206,8 @@ def roof_markdown(line: RoofLine) -> str:
             ]
         rows += [row + more for more in beside]
     return table(head, rows, {"budget", "KV", "bound"})
+
+
+def _prompt(point: RoofPoint) -> str:
+    work = f"{point.prompt_flops / 1e12:.1f} TFLOP"
+    return work if point.prompt_s is None else f"{work}, {point.prompt_s:.2f} s"

@@ -25,7 +25,8 @@ from ziggurat.runtime.plan.roofline import (
 class RoofPoint:
     """The roof of one setting at one place; ``fits`` streams of this depth fit the device (None: any number).
 
-    ``prompt_flops`` and ``prompt_s`` are of reading the whole depth, for one stream, at the device's peak.
+    ``prompt_flops`` and ``prompt_s`` (None where the device's peak is not known) are of reading the whole depth, for
+    one stream.
     ``measured`` are tokens per second by number of threads.
     """
 
@@ -34,7 +35,7 @@ class RoofPoint:
     roof: Roof
     fits: int | None
     prompt_flops: float
-    prompt_s: float
+    prompt_s: float | None
     measured: dict[int, float]
 
     def as_json(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _point(
         decode_roof(demand, device, rows, place.streams, *types),
         most_streams(demand, device, rows, *types, staged=staged),
         prompt_flops(demand, place.depth) if place.depth else 0.0,
-        prompt_seconds(demand, device, place.depth, n_ubatch=work.n_ubatch) if place.depth else 0.0,
+        prompt_seconds(demand, device, place.depth, n_ubatch=work.n_ubatch) if device.flops else None,
         {
             result.threads: result.rate.median
             for result in results

@@ -86,9 +86,9 @@ class Side:
 
     @property
     def endless(self) -> bool:
-        """Whether generation never fills the context, so that it need not be put back: a budget that evicts."""
+        """Whether it goes on where it was: behind a depth of which a budget keeps a part, which is a steady state."""
         layout = self.context.kv_layout()
-        return layout is not None and layout.stage_rows > 0
+        return self.place.depth > 0 and layout is not None and layout.stage_rows > 0
 
     def prompt(self) -> float:
         """Read a prompt into every sequence, one after the other; return seconds for all."""

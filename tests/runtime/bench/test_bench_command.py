@@ -21,7 +21,9 @@ from ziggurat.runtime.bench import bandwidth, side
 from ziggurat.runtime.bench.bandwidth import Bandwidth, measure_bandwidth
 from ziggurat.runtime.bindings import Context, kv
 from ziggurat.runtime.hardware import Gpu
+from ziggurat.runtime.sizes import human_bytes
 
+README = Path(__file__).parents[3] / "README.md"
 SMALL = ("-p", 8, "-n", 4, "-r", 3, "--threads", 1, "--ubatch", 64)
 GIB = 2**30
 
@@ -302,7 +304,26 @@ def test_an_interrupt_leaves_nothing(spm_path: Path, tmp_path: Path, number: sig
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
+def test_the_readme_s_example_is_what_was_measured() -> None:
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.read_text().splitlines()]
+    shown = [line for line in lines if len(line) == 11 and line[6].startswith("tg32")]
+    results = json.loads((README.parent / "tests/benchmarks/bench_example.json").read_text())["results"]
+    assert len(shown) == len(results) == 6
+    for line, row in zip(shown, results, strict=True):
+        depth = f" @ d{row['depth']}" if row["depth"] else ""
+        budget = "none" if row["kv_policy"] is None else f"{row['kv_budget']} {row['kv_policy']}"
+        assert (line[5], line[6]) == (budget, f"tg32{depth}")
+        assert line[7] == spread(row, "tokens_per_second")
+        assert line[8] == ("1" if row["ratio"] is None else spread(row, "ratio"))
+        assert line[9] == human_bytes(row["kv_bytes"])
+        assert line[10] == f"{row['bandwidth_share']:.0%}"
+
+
+def spread(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:.2f} ({row[f'{name}_q1']:.2f}–{row[f'{name}_q3']:.2f})"
+
+
 def test_memory_is_read_by_all_threads() -> None:
-    found = measure_bandwidth(2, 2**22)
+    found = measure_bandwidth(2, 2**22, 0.01)
     assert found.bytes_per_second > 0
     assert (found.threads, found.buffer_bytes) == (2, 2**22)
