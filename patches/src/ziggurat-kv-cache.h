@@ -3,9 +3,9 @@
 // The memory class behind a KV budget: what is allocated and which rows are in use. ziggurat-kv-batch.cpp takes a batch
 // apart into steps (ziggurat-kv-context.h), ziggurat-kv-graph.h builds their graphs, which ziggurat-kv-cut.h cuts down to
 // a layer, and ziggurat-kv-select.h moves the rows that ziggurat-kv-score.h finds worth keeping, for which
-// ziggurat-kv-sums.h may sum up attention. ziggurat-kv-prompt.cpp
-// reads a prompt into a copy of its sequence, which takes the sequence's place when all is done. ziggurat-kv-state.cpp
-// copies, saves and restores sequences. ziggurat-kv-slide.h is about layers with a sliding window.
+// ziggurat-kv-sums.h may sum up attention. ziggurat-kv-prompt.cpp reads a prompt into a copy of its sequence, which takes
+// the sequence's place when all is done. ziggurat-kv-state.cpp copies, saves and restores sequences. ziggurat-kv-slide.h is
+// about layers with a sliding window.
 
 #include "ziggurat-kv-arena.h"
 #include "ziggurat-kv-topology.h"

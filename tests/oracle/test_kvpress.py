@@ -1,4 +1,4 @@
-"""Kept rows are those of NVIDIA's kvpress, on a random model with grouped heads.
+"""Kept rows are those of NVIDIA's kvpress, on a random model with grouped heads: snapkv, pyramid, tova, keydiff, h2o.
 
 Skipped unless kvpress is installed, which wants an older transformers than the rest of the tests:
 
