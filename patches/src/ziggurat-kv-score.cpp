@@ -227,7 +227,8 @@ ggml_tensor * ziggurat_kv_build_attention(
         // now, or the temporaries of all heads may live at once
         ggml_build_forward_expand(gf, scores);
     }
-    return scores;
+    // without those behind the last row
+    return ggml_cont(ctx, ggml_view_2d(ctx, scores, sel.n, layer.n_head_kv, scores->nb[1], 0));
 }
 
 ggml_tensor * ziggurat_kv_build_scores(
