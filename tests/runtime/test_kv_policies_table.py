@@ -19,9 +19,10 @@ def test_the_readme_has_the_measured_table(monkeypatch: pytest.MonkeyPatch) -> N
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    results = json.loads((folder / "kv_policies.json").read_text())
+    files = ("kv_policies.json", "kv_studies.json")
+    results = [result for name in files for result in json.loads((folder / name).read_text())]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(results) == 2
+    assert len(results) == 3
     for result in results:
         rows = script.table(result).partition("\n\n")[0]
         assert rows in readme
