@@ -9,7 +9,9 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
+from textual.geometry import Size
 from textual.message import Message as Event
+from textual.reactive import Reactive
 from textual.widgets import Static
 
 from ziggurat.tui.widgets.message_body import MessageBody
@@ -62,6 +64,8 @@ class MessageView(Uniform, Vertical):
     ]
 
     can_focus = True
+    # see MessageBody
+    virtual_size = Reactive(Size(0, 0), repaint=False)
 
     class Asked(Event):
         """The user wants something done with a message; ``what`` is the action's name."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.segment import Segment
-from textual.geometry import Region
+from textual.geometry import Region, Size
+from textual.reactive import Reactive
 from textual.strip import Strip
 from textual.widget import Widget
 
@@ -16,7 +17,6 @@ from ziggurat.tui.widgets.tail import TailLines
 
 if TYPE_CHECKING:
     from rich.style import Style
-    from textual.geometry import Size
     from textual.selection import Selection
     from textual.timer import Timer
 
@@ -36,6 +36,10 @@ class MessageBody(Widget):
     DEFAULT_CSS = """
     MessageBody { height: auto; width: 1fr; }
     """
+
+    # Textual would lay out and draw everything once more whenever this changes, which every flush does: only for
+    # scrollbars that appear, so what holds a body keeps their place free (scrollbar-gutter: stable)
+    virtual_size = Reactive(Size(0, 0), repaint=False)
 
     def __init__(self, text: str = "", *, plain: bool = False, id: str | None = None) -> None:
         super().__init__(id=id)

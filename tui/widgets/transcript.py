@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
+from textual.geometry import Size
+from textual.reactive import Reactive
 from textual.widgets import Static
 
 from ziggurat.tui.widgets.background import background
@@ -28,6 +30,8 @@ class Transcript(Uniform, VerticalScroll):
     """
 
     can_focus = False
+    # see MessageBody
+    virtual_size = Reactive(Size(0, 0), repaint=False)
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)

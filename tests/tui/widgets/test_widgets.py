@@ -33,6 +33,8 @@ pytestmark = pytest.mark.asyncio
 
 
 class Host(App[None]):
+    CSS = "Screen { scrollbar-gutter: stable; }"
+
     def __init__(self, widget: Widget) -> None:
         super().__init__()
         self.widget = widget
