@@ -271,7 +271,7 @@ def test_wrong_input_is_one_line(
 
 
 def test_models_without_text_or_budget(ziggurat: Ziggurat, tmp_path: Path) -> None:
-    path = tiny_models.write_model(tmp_path / "m.gguf", tiny_models.Shape(arch="gemma2", sliding_window=64))
+    path = tiny_models.write_model(tmp_path / "m.gguf", tiny_models.Shape(arch="gemma3", n_layer=3, sliding_window=64))
     if kv.available():
         assert "cannot have a KV budget" in ziggurat.fails("bench", path, *SMALL, "--kv-budget", 64)
 
