@@ -81,6 +81,8 @@ async def chat(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         app.chat.send(options.prompt)
         while not done:
             await asyncio.sleep(0.05)
+            if session.error is not None:
+                raise session.error
         cpu, frames = time.process_time() - cpu, len(app.frames)
         await app.action_quit()
     (begin, at_once), (end, event) = first[0], done[0]
