@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -17,8 +16,6 @@ from ziggurat.runtime.server.generation import Generations
 
 DONE = b"data: [DONE]\n\n"
 _PING = b": still here\n\n"
-#: Seconds from one part of a stream to the next, where tokens come faster.
-_PACE = 0.004
 
 
 def sse(data: Any) -> bytes:
@@ -35,10 +32,8 @@ async def event_parts(
 ) -> AsyncGenerator[bytes, None]:
     """Yield the parts of a stream: ``first``, what ``encode`` makes of each event by its place, and ``last``.
 
-    What comes at the same time, or within milliseconds, is one part: to hand a part to the connection takes longer than
-    all else here, and this thread and the engine's cannot run Python at once.
+    What comes at the same time is one part: to hand a part to the connection takes longer than all else here.
     """
-    sent = 0.0
     with generations:
         if first:
             yield first
@@ -46,9 +41,6 @@ async def event_parts(
             part = b"".join([encode(place, event) for place, event in batch])
             if part:
                 yield part
-                before, sent = sent, time.monotonic()
-                if sent - before < _PACE:
-                    await asyncio.sleep(_PACE - (sent - before))
         yield last()
 
 
